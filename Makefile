@@ -1,0 +1,135 @@
+# Everything a person does with this project, by name. `make` alone lists it.
+# Works from any folder (make -C DIR), with spaces in the path; proxies, certificates and package
+# settings of the caller's environment are left as they are.
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+BIN := .venv/bin
+UV_VERSION := 0.13.9
+# What puts the locked packages into .venv; INSTALL='.venv/bin/python -m pip install' does it with pip alone.
+INSTALL ?= $(BIN)/uv pip install
+# Which interpreter .venv is made of, when it should not be the first Python 3.11 that is found.
+PYTHON ?=
+# `make lock UPGRADE=--upgrade` moves every pin, UPGRADE='--upgrade-package numpy' one.
+UPGRADE ?=
+PYTEST := $(BIN)/python -m pytest
+# pytest leaves with 5 when no test carries the mark, which is no failure.
+OR_NONE := || [ $$? -eq 5 ]
+
+# Commands of .venv call one another by name: DVC calls rakuten-nb, git calls nbdev_merge.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export VIRTUAL_ENV := $(CURDIR)/.venv
+# Nobody is told what is run here.
+export MLFLOW_DISABLE_TELEMETRY := true
+export BENTOML_DO_NOT_TRACK := True
+export DO_NOT_TRACK := 1
+export DVC_NO_ANALYTICS := 1
+export ORT_DISABLE_TELEMETRY := 1
+export RAY_USAGE_STATS_ENABLED := 0
+export TF_CPP_MIN_LOG_LEVEL := 3
+
+.PHONY: help
+help: ## this list
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z][a-z-]*:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
+
+# --- run it
+
+.PHONY: demo
+demo: .venv/.installed ## from nothing to predictions on the synthetic sample, and what to type next
+	@$(BIN)/dvc repro
+	@$(BIN)/python -m rakuten_nb.cli summary
+
+.PHONY: lab
+lab: .venv/.installed ## the notebooks in JupyterLab; a saved notebook is cleaned at once
+	@$(BIN)/jupyter lab --ServerApp.root_dir=. --ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter nbs
+
+# --- judge it
+
+.PHONY: test
+test: .venv/.installed ## every notebook, then every fast test; names what a skipped test lacks
+	@$(BIN)/nbdev_test --timing; notebooks=$$?; \
+	$(PYTEST) -m fast -n auto; tests=$$?; \
+	[ $$notebooks -eq 0 ] || echo "make test: notebooks failed, see above"; \
+	exit $$((notebooks + tests))
+
+.PHONY: test-services
+test-services: .venv/.installed ## tests that start a browser, a database, a broker
+	@$(PYTEST) -m services $(OR_NONE)
+
+.PHONY: test-all
+test-all: test test-services .venv/.installed ## the same and the heavy tests
+	@$(PYTEST) -m heavy $(OR_NONE)
+
+.PHONY: lint
+lint: .venv/.installed ## ruff over the Python files and the order of imports in the notebooks, mypy over the package, the workflow's schema
+	@$(BIN)/ruff check rakuten_nb tests tools setup.py
+	@$(BIN)/ruff check --select I nbs
+	@$(BIN)/mypy
+	@$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
+
+# --- write it
+
+.PHONY: export
+export: .venv/.installed ## notebooks to package, then clean the notebooks
+	@$(BIN)/nbdev_export
+	@$(BIN)/nbdev_clean
+
+.PHONY: readme
+readme: .venv/.installed ## README.md from nbs/index.ipynb
+	@$(BIN)/python tools/readme.py
+
+.PHONY: docs
+docs: .venv/.installed ## the documentation site in _docs/ (needs Quarto)
+	@command -v quarto >/dev/null || { echo "make docs: quarto is not installed; see https://quarto.org/docs/get-started/"; exit 1; }
+	@rm -rf _proc && $(BIN)/nbdev_docs
+	@$(BIN)/python tools/readme.py
+
+.PHONY: hooks
+hooks: .venv/.installed ## nbdev's git and Jupyter hooks: notebooks merge and save clean
+	@$(BIN)/nbdev_install_hooks
+
+.PHONY: lock
+lock: .venv/.installed ## requirements/*.txt from settings.ini; UPGRADE=--upgrade moves the pins
+	@set -e; compile() { name=$$1; shift; echo "requirements/$$name.txt"; \
+	  $(BIN)/uv pip compile setup.py --quiet --python-version 3.11 --no-header --no-annotate --strip-extras \
+	    --no-emit-index-url --no-emit-find-links --output-file "requirements/$$name.txt" "$$@"; }; \
+	compile all --all-extras $(UPGRADE); \
+	set -- --constraint requirements/all.txt --upgrade; \
+	compile serve "$$@"; \
+	compile dev --extra train --extra dev "$$@"; \
+	compile ops --extra ops "$$@"; \
+	compile scale --extra scale "$$@"
+
+# --- tidy up
+
+.PHONY: clean
+clean: ## remove what running made, models and reports included; keep .venv, the logs and DVC's cache
+	@rm -rf data/raw data/preprocessed data/predictions models metrics reports
+	@rm -rf _docs _proc nbs/_docs nbs/nbdev.yml nbs/.last_checked build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find nbs rakuten_nb tests tools \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+
+.PHONY: distclean
+distclean: clean ## remove everything that git does not keep, but for .env, data/ and logs/
+	@rm -rf .venv .dvc/cache .dvc/tmp *.egg-info
+
+# --- the environment: one .venv at the root, for the demo, the tests and JupyterLab
+
+.venv/.installed: requirements/dev.txt settings.ini setup.py
+	@set -e; found=""; \
+	for python in $(if $(PYTHON),"$(PYTHON)",python3.11 python3 python); do \
+	  if "$$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then found=$$python; break; fi; \
+	done; \
+	[ -n "$$found" ] || { echo "make: Python 3.11 is missing (Debian package: python3.11); PYTHON=/path/to/python3.11 names one elsewhere" >&2; exit 1; }; \
+	if ! $(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then \
+	  "$$found" -c 'import ensurepip, venv' 2>/dev/null || { echo "make: $$found cannot make environments (Debian package: python3.11-venv)" >&2; exit 1; }; \
+	  echo "making .venv with $$("$$found" --version)"; \
+	  "$$found" -m venv --clear .venv; \
+	fi
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	@echo "installing $$(grep -c == requirements/dev.txt) locked packages"
+	@$(INSTALL) --quiet -r requirements/dev.txt
+	@$(INSTALL) --quiet --no-deps --no-build-isolation -e .
+	@if [ -e .git ] && command -v git >/dev/null; then git config --local include.path ../.gitconfig 2>/dev/null || true; fi
+	@touch $@

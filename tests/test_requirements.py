@@ -1,0 +1,36 @@
+"The locks hold what settings.ini asks for, agree with one another, and say nothing of the machine that wrote them."
+import configparser
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+LOCKS: dict[str, list[str]] = {"serve": [], "dev": ["train", "dev"], "ops": ["ops"], "scale": ["scale"]}
+
+def pins(path: Path) -> dict[str, str]:
+    "Name → version of a lock file."
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if not re.fullmatch(r"[a-z0-9._-]+==[\w.!+-]+( ; .*)?", line)] == [], "a lock holds pins only"
+    return dict(line.split(" ;")[0].split("==") for line in lines)
+
+def asked(extras: list[str]) -> list[Requirement]:
+    "What settings.ini asks for: the light set and these extras."
+    settings = configparser.ConfigParser(delimiters=["="])
+    settings.read(ROOT / "settings.ini", encoding="utf-8")
+    keys = ["requirements", *(f"{extra}_requirements" for extra in extras)]
+    return [Requirement(word) for key in keys for word in shlex.split(settings["DEFAULT"][key])]
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_a_lock_holds_what_is_asked_for(lock: str) -> None:
+    found = pins(ROOT / "requirements" / f"{lock}.txt")
+    unmet = [str(r) for r in asked(LOCKS[lock]) if not r.specifier.contains(found.get(canonicalize_name(r.name), "0"), prereleases=True)]
+    assert unmet == [], "run `make lock`"
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_all_locks_fit_one_environment(lock: str) -> None:
+    everything, found = pins(ROOT / "requirements" / "all.txt"), pins(ROOT / "requirements" / f"{lock}.txt")
+    assert {name: version for name, version in found.items() if everything.get(name) != version} == {}
