@@ -9,6 +9,7 @@ __all__ = ['app', 'CatalogArg', 'BundleArg', 'NEXT', 'common', 'run', 'say_quara
 # %% ../nbs/60_cli.ipynb #6c0f3e08
 import os
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +17,7 @@ from typing import Annotated
 import typer
 
 from . import __version__
+from .config import read_settings
 from .console import err_console, out_console, rich_table
 from .data.catalog import Catalog, read_catalog, write_quarantine
 from .errors import InputError, RakutenError
@@ -39,6 +41,7 @@ def common(version: Annotated[bool, typer.Option("--version", callback=_version,
 # %% ../nbs/60_cli.ipynb #4e956b3e
 def run() -> None:
     "The console script: an error of the caller's is one line and its exit code."
+    warnings.filterwarnings("ignore", module="PIL") # remarks on the metadata of pictures that are decoded all the same
     try: app()
     except RakutenError as e:
         err_console().print(f"[bold red]error:[/] {_plain(str(e))}", soft_wrap=True)
@@ -126,18 +129,17 @@ def evaluate(
     plots: Annotated[Path | None, typer.Option(metavar="DIR", help="Draw confusion, reliability and coverage into this folder.", show_default=False)] = None,
 ) -> None:
     "Judge a bundle on every labelled product that an expert sees."
-    from rakuten_nb.evaluation.report import class_frame, contract_frame, coverage_at, write_json, write_plots
+    from rakuten_nb.evaluation.report import class_frame, contract_frame, coverage_at, coverage_words, write_json, write_plots
     from rakuten_nb.evaluation.report import evaluate as judge
     from rakuten_nb.models.bundle import load_bundle
-    model = load_bundle(bundle)
+    model = load_bundle(bundle, read_settings().cache_dir)
     cat = read_catalog(catalog)
     say_quarantine(cat)
     found, con = judge(model, cat), out_console()
     figures, alone = found.contract(), coverage_at(found.y, found.fused, found.threshold)
     con.print(rich_table(contract_frame(figures), f"Model {model.version} on {cat.root.name}"))
     con.print(rich_table(class_frame(found.y, found.fused).head(8), "Hardest product types"))
-    decided = f"{alone['coverage']:.0%} of the products need nobody; {alone['precision']:.1%} of those are right"
-    con.print(decided if alone["coverage"] else "every product needs a person")
+    con.print(coverage_words(alone))
     flatters = ": these figures flatter" if figures["trained_on"] else ""
     con.print(f"the model has learned from {figures['trained_on']:,} of these {len(found.y):,} products{flatters}")
     if json: write_json(json, figures)
@@ -157,7 +159,7 @@ def predict(
     from rakuten_nb.models.bundle import load_bundle, write_predictions
     if split not in {"train", "test", "all"}: raise InputError(f"--split: expected train, test or all; found {split!r}")
     check_writable(out)
-    model = load_bundle(bundle)
+    model = load_bundle(bundle, read_settings().cache_dir)
     cat = read_catalog(catalog)
     say_quarantine(cat)
     products = cat.split(split)
@@ -179,9 +181,9 @@ def stage(
 @app.command()
 def summary(products: Annotated[int, typer.Option(min=0, help="How many classified products to show.")] = 5) -> None:
     "Tell what the pipeline has made: figures on gold, a few answers, and what to do next."
+    from rakuten_nb.models.bundle import verify_bundle
     from rakuten_nb.models.training import metrics_frame
     from rakuten_nb.models.workspace import answers_frame, workspace
-    from rakuten_nb.models.bundle import verify_bundle
     ws, con = workspace(), out_console()
     meta = verify_bundle(ws.bundle)
     con.print(rich_table(metrics_frame(meta["metrics"]), "On gold: products that no expert had learned from"))

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['confusion_matrix', 'class_scores', 'weighted_f1', 'macro_f1', 'top_k_accuracy', 'log_loss', 'reliability', 'ece',
-           'coverage_curve', 'wilson_lower', 'review_threshold', 'bootstrap_interval', 'paired_difference', 'summary']
+           'coverage_curve', 'wilson_bound', 'wilson_lower', 'review_threshold', 'bootstrap_interval',
+           'paired_difference', 'summary']
 
 # %% ../nbs/02_metrics.ipynb #974beb58
 from collections.abc import Callable
@@ -104,14 +105,21 @@ def coverage_curve(
     return {"threshold": conf[order][last], "coverage": (n / max(len(y), 1))[last], "precision": (hit[order].cumsum() / n)[last]}
 
 # %% ../nbs/02_metrics.ipynb #8c9fd000
+def wilson_bound(
+    hits: np.ndarray | float, # number right
+    n: np.ndarray | float, # out of how many; at least 1
+    z: float, # normal quantile; negative for the lower bound
+) -> np.ndarray: # in [0, 1]
+    "Confidence bound of a proportion by Wilson's score interval."
+    share, z2 = np.asarray(hits) / n, z * z / n
+    return (share + z2 / 2 + z * np.sqrt(share * (1 - share) / n + z2 / n / 4)) / (1 + z2)
+
 def wilson_lower(
     hits: np.ndarray | float, # number right
     n: np.ndarray | float, # out of how many; at least 1
-    z: float = 1.6448536269514722, # normal quantile; this one is 95 %, one-sided
 ) -> np.ndarray: # in [0, 1]
-    "Lower confidence bound of a proportion by Wilson's score interval."
-    share, z2 = np.asarray(hits) / n, z * z / n
-    return (share + z2 / 2 - z * np.sqrt(share * (1 - share) / n + z2 / n / 4)) / (1 + z2)
+    "The bound that a proportion exceeds with 95 % confidence, one-sided."
+    return wilson_bound(hits, n, -1.6448536269514722)
 
 # %% ../nbs/02_metrics.ipynb #933b558a
 def review_threshold(

@@ -1,9 +1,13 @@
-"Marks, and what a skipped test lacks."
+"Marks, what a skipped test lacks, and what several tests share."
+import fcntl
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -52,3 +56,69 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterat
         terminalreporter.write_line(f"{n} skipped for want of a system package: apt-get install {package}", yellow=True)
     if reasons and skips_forbidden():
         terminalreporter.write_line(f"{len(reasons)} skipped, and RAKUTEN_FORBID_SKIPS is set: this run fails", red=True)
+
+# --- what several tests need, made once a run and shared by its workers
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "A folder that all workers of this run share."
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+def once(folder: Path, make: Callable[[Path], object]) -> Path:
+    "The folder, filled by `make` if no other worker has done so; it appears whole or not at all."
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            part = folder.with_suffix(".part")
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir()
+            make(part)
+            part.rename(folder)
+    return folder
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+@pytest.fixture(scope="session")
+def env(shared: Path) -> dict[str, str]:
+    "The environment of every process that a test starts: this tree's package; caches, logs and bytecode out of the project."
+    own = {"PYTHONPATH": str(ROOT), "RAKUTEN_DATA_DIR": str(shared / "data"), "RAKUTEN_LOG_DIR": str(shared / "logs"), "OMP_NUM_THREADS": "1",
+           "PYTHONPYCACHEPREFIX": str(shared / "bytecode")} # without bytecode a process takes three times as long to start
+    return {k: v for k, v in os.environ.items() if not k.startswith("RAKUTEN_") and k != "PYTHONDONTWRITEBYTECODE"} | own
+
+@pytest.fixture(scope="session")
+def python(env: dict[str, str], shared: Path) -> Run:
+    "Runs Python outside the project; `extra` adds to its environment. What it says is returned, whatever its exit code."
+    def run(*args: object, extra: dict[str, str] | None = None, program: Path | str = sys.executable) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([program, *map(str, args)], env=env | (extra or {}), cwd=shared, capture_output=True, text=True, check=False)
+    return run
+
+@pytest.fixture(scope="session")
+def rakuten(python: Run) -> Run:
+    "Runs the command line in a process of its own."
+    return partial(python, "-m", "rakuten_nb.cli")
+
+@pytest.fixture(scope="session")
+def sample_catalog(shared: Path) -> Path:
+    "400 labelled products and 40 more, most with a picture."
+    from rakuten_nb.data.sample import make_sample
+    return once(shared / "sample", lambda part: make_sample(part, 400, progress=False))
+
+@pytest.fixture(scope="session")
+def hard_catalog(shared: Path) -> Path:
+    "Fifty products that are hard to read the same way twice."
+    from hard_products import write_hard_products
+    return once(shared / "hard", write_hard_products)
+
+@pytest.fixture(scope="session")
+def trained(shared: Path, sample_catalog: Path, hard_catalog: Path, python: Run) -> Path:
+    "bundle/, and what the process that trained it said of the hard products (said.npz) and of its own (judgement/)."
+    def make(part: Path) -> None:
+        answer = python(ROOT / "tests/train_and_say.py", sample_catalog, hard_catalog, part)
+        assert answer.returncode == 0, answer.stderr
+    return once(shared / "trained", make)
+
+@pytest.fixture(scope="session")
+def bundle(trained: Path) -> Path:
+    "A bundle of both experts, trained on the sample of 400."
+    return trained / "bundle"

@@ -31,8 +31,8 @@ def directives(cell: dict[str, Any]) -> set[str]:
     return set(re.findall(r"^#\|\s*([\w-]+)", cell["source"], re.M)) if cell["cell_type"] == "code" else set()
 
 def code(cell: dict[str, Any]) -> str:
-    "A code cell without its directives."
-    return "\n".join(line for line in cell["source"].splitlines() if not line.startswith("#|"))
+    "A code cell without its directives and magics."
+    return "\n".join(line for line in cell["source"].splitlines() if not line.startswith(("#|", "%")))
 
 def imports(node: ast.stmt) -> bool:
     "Whether a statement is an import, for the type checker's eyes alone too."

@@ -69,7 +69,7 @@ class Ambiguity:
 
 # %% ../../nbs/data/11_sample.ipynb #79a193b5
 TEXT_AMBIGUITY = Ambiguity(neighbour=.025, vague=.265)
-PICTURE_AMBIGUITY = Ambiguity(neighbour=.09, vague=.46)
+PICTURE_AMBIGUITY = Ambiguity(neighbour=.10, vague=.50)
 SPEAKING_PICTURE = Ambiguity(neighbour=.07, vague=.20) # beside a text that is not the type's own
 LABEL_NOISE = .02 # share of products labelled as a neighbour by mistake
 NEAR_DUPLICATES = .04 # share of products that copy another offer
@@ -193,7 +193,7 @@ def rows_frame(rows: Sequence[Row]) -> pd.DataFrame: # indexed like the file
         "productid": [row.productid for row in rows], "imageid": [row.imageid for row in rows],
     }, index=[row.plan.row for row in rows])
 
-# %% ../../nbs/data/11_sample.ipynb #45661fb1
+# %% ../../nbs/data/11_sample.ipynb #a8e33aff
 def write_rows(
     folder: Path, # existing
     split: str, # "train" or "test"
@@ -213,7 +213,7 @@ def write_rows(
         done = pool.map(draw, todo)
         for _ in progress(done, total=len(todo), description=f"Drawing image_{split}") if show_progress else done: pass
 
-# %% ../../nbs/data/11_sample.ipynb #a8e33aff
+# %% ../../nbs/data/11_sample.ipynb #50a19d19
 def write_catalogue(
     folder: Path, # existing and empty
     products: int,
@@ -229,7 +229,7 @@ def write_catalogue(
     more = plan_products(max(1, products // 10), seed, first=products)
     write_rows(folder, "test", [make_row(plan, seed, images) for plan in more], seed, images, show_progress)
 
-# %% ../../nbs/data/11_sample.ipynb #50a19d19
+# %% ../../nbs/data/11_sample.ipynb #2b54da0a
 CATALOGUE_FILES = ("X_train_update.csv", "Y_train_CVw08PX.csv", "X_test_update.csv", "image_train", "image_test")
 
 def check_destination(
@@ -244,7 +244,7 @@ def check_destination(
     held = [name for name in CATALOGUE_FILES if (out / name).exists()]
     if held: raise InputError(f"{out}: expected no catalogue there, found {held[0]}")
 
-# %% ../../nbs/data/11_sample.ipynb #2b54da0a
+# %% ../../nbs/data/11_sample.ipynb #aac9688f
 def make_sample(
     out: Path, # the catalogue directory; parents are created
     products: int = 3000, # labelled products in X_train; a tenth more in X_test

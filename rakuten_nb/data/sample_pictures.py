@@ -15,7 +15,8 @@ import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
+from itertools import pairwise
 
 import numpy as np
 from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFilter, ImageFont
@@ -42,7 +43,7 @@ PAPER_OBJECTS: dict[str, str] = {
     "cards_paper": "R .1 .3 .6 .7 p; P .1 .3 .6 .3 .35 .52 w; R .4 .42 .92 .82 a+; P .4 .42 .92 .42 .66 .64 a; E .66 .62 .04 .04 c",
 }
 
-# %% ../../nbs/data/11b_sample_pictures.ipynb #e5b4179a
+# %% ../../nbs/data/11b_sample_pictures.ipynb #6ad5b542
 VIDEO_OBJECTS: dict[str, str] = {
     "case": "R .2 .06 .8 .94 k .02; R .22 .07 .78 .17 a; T .5 .12 .05 console w; R .22 .18 .78 .92 b; P .3 .92 .42 .5 .5 .42 .6 .52 .7 .92 c; E .5 .4 .08 .09 s; T .5 .27 .07 game w; R .24 .84 .32 .9 w",
     "retro_box": "R .08 .2 .92 .8 a; R .12 .24 .88 .68 b; E .3 .5 .12 .14 c; P .5 .66 .62 .36 .8 .66 c-; T .5 .74 .07 game w; T .66 .3 .06 game w",
@@ -60,7 +61,7 @@ VIDEO_OBJECTS: dict[str, str] = {
     "fantasy_cover": "R .18 .05 .82 .95 a-; E .5 .42 .24 .24 b; P .18 .95 .18 .66 .34 .5 .46 .66 .6 .46 .82 .7 .82 .95 a; R .44 .5 .56 .7 k; P .4 .5 .5 .36 .6 .5 k; E .66 .24 .06 .06 w; T .5 .15 .08 game y; T .5 .86 .05 game w",
 }
 
-# %% ../../nbs/data/11b_sample_pictures.ipynb #0007957a
+# %% ../../nbs/data/11b_sample_pictures.ipynb #593454f1
 COLLECTION_OBJECTS: dict[str, str] = {
     "hero": "R .4 .5 .6 .76 a; R .4 .74 .49 .92 b; R .51 .74 .6 .92 b; L .4 .54 .28 .7 .06 a; L .6 .54 .72 .4 .06 a; E .72 .38 .04 .04 s; E .28 .72 .04 .04 s; E .5 .36 .12 .14 s; P .37 .34 .4 .2 .6 .2 .63 .34 .5 .28 c; E .46 .37 .015 .02 k; E .54 .37 .015 .02 k; E .5 .94 .24 .04 k",
     "big_head": "R .14 .1 .86 .56 s .16; P .12 .34 .14 .1 .86 .1 .88 .34 .7 .2 .3 .2 c; E .32 .38 .05 .05 k; E .68 .38 .05 .05 k; R .34 .56 .66 .82 a .04; R .36 .8 .48 .94 b; R .52 .8 .64 .94 b; L .34 .6 .24 .74 .06 a; L .66 .6 .76 .74 .06 a",
@@ -77,7 +78,7 @@ COLLECTION_OBJECTS: dict[str, str] = {
     "paint_pots": "R .08 .46 .26 .84 a .02; R .1 .34 .24 .46 k; R .31 .46 .49 .84 b .02; R .33 .34 .47 .46 k; R .54 .46 .72 .84 c .02; R .56 .34 .7 .46 k; L .78 .86 .92 .2 .03 o; P .9 .2 .95 .06 .96 .22 k",
 }
 
-# %% ../../nbs/data/11b_sample_pictures.ipynb #593454f1
+# %% ../../nbs/data/11b_sample_pictures.ipynb #f5134ad6
 TOY_OBJECTS: dict[str, str] = {
     "teddy": "E .28 .2 .1 .1 a; E .72 .2 .1 .1 a; E .5 .34 .25 .23 a; E .5 .7 .26 .25 a; E .22 .62 .1 .14 a-; E .78 .62 .1 .14 a-; E .32 .9 .12 .09 a-; E .68 .9 .12 .09 a-; E .5 .7 .15 .16 a+; E .5 .41 .1 .08 a+; E .41 .3 .025 .025 k; E .59 .3 .025 .025 k; E .5 .38 .03 .02 k",
     "doll": "P .3 .9 .42 .5 .58 .5 .7 .9 a; E .5 .32 .15 .17 s; P .32 .46 .34 .16 .5 .1 .66 .16 .68 .46 .62 .26 .38 .26 c; E .45 .33 .02 .02 k; E .55 .33 .02 .02 k; L .42 .54 .28 .66 .04 s; L .58 .54 .72 .66 .04 s; R .42 .88 .48 .98 s; R .53 .88 .59 .98 s",
@@ -98,7 +99,7 @@ TOY_OBJECTS: dict[str, str] = {
     "darts": "E .42 .46 .36 .36 k; E .42 .46 .32 .32 p; E .42 .46 .24 .24 a; E .42 .46 .2 .2 p; E .42 .46 .1 .1 b; E .42 .46 .04 .04 c; L .46 .5 .86 .84 .02 y; P .8 .78 .94 .8 .9 .94 c",
 }
 
-# %% ../../nbs/data/11b_sample_pictures.ipynb #09410e74
+# %% ../../nbs/data/11b_sample_pictures.ipynb #6cec6644
 OUTDOOR_OBJECTS: dict[str, str] = {
     "drone": "L .2 .34 .8 .66 .04 k; L .8 .34 .2 .66 .04 k; R .38 .4 .62 .62 a .06; E .2 .32 .17 .04 g; E .8 .32 .17 .04 g; E .2 .64 .17 .04 g; E .8 .64 .17 .04 g; E .5 .56 .05 .05 k; E .44 .44 .02 .02 c; L .4 .62 .36 .76 .02 k; L .6 .62 .64 .76 .02 k",
     "buggy": "P .12 .62 .2 .5 .4 .46 .5 .34 .66 .36 .72 .5 .9 .56 .9 .64 a; P .44 .46 .52 .38 .62 .4 .66 .48 k; E .24 .68 .15 .15 k; E .76 .68 .15 .15 k; E .24 .68 .06 .06 c; E .76 .68 .06 .06 c; L .14 .5 .08 .3 .012 k; R .06 .4 .2 .44 b",
@@ -120,7 +121,7 @@ OUTDOOR_OBJECTS: dict[str, str] = {
     "goal": "L .1 .84 .1 .24 .9 .24 .9 .84 .03 w-; L .1 .24 .26 .4 .74 .4 .9 .24 .015 g; G .12 .26 .88 .82 16 9 g+; E .5 .78 .08 .08 w; E .5 .78 .03 .03 k",
 }
 
-# %% ../../nbs/data/11b_sample_pictures.ipynb #699ac3c5
+# %% ../../nbs/data/11b_sample_pictures.ipynb #4d510797
 HOME_OBJECTS: dict[str, str] = {
     "table": "P .1 .42 .26 .3 .92 .3 .82 .42 a+; R .1 .42 .82 .47 a; L .14 .47 .14 .86 .035 b; L .78 .47 .78 .86 .035 b; L .88 .36 .88 .72 .03 b; L .3 .47 .3 .7 .025 b-",
     "round_table": "E .5 .4 .4 .1 a+; E .5 .42 .4 .1 a; E .5 .39 .39 .095 a+; L .3 .48 .22 .88 .03 b; L .7 .48 .78 .88 .03 b; L .5 .5 .5 .92 .03 b",
@@ -142,7 +143,7 @@ HOME_OBJECTS: dict[str, str] = {
     "plaid": "P .14 .3 .8 .2 .92 .7 .2 .86 a; L .2 .5 .86 .4 .03 b; L .22 .68 .9 .56 .03 b; L .34 .26 .42 .82 .03 c; L .6 .22 .68 .76 .03 c; G .2 .82 .88 .88 18 1 a",
 }
 
-# %% ../../nbs/data/11b_sample_pictures.ipynb #6cec6644
+# %% ../../nbs/data/11b_sample_pictures.ipynb #653a4f22
 DECOR_OBJECTS: dict[str, str] = {
     "vase": "P .4 .3 .6 .3 .58 .42 .72 .64 .62 .92 .38 .92 .28 .64 .42 .42 a; L .5 .34 .42 .06 .014 n; L .5 .34 .58 .04 .014 n; L .5 .34 .68 .12 .014 n; E .42 .08 .07 .07 b; E .58 .06 .07 .07 c; E .69 .14 .06 .06 b; N .36 .56 .64 .8 6 .025 a-",
     "frame": "R .16 .08 .84 .92 a; R .22 .14 .78 .86 w; R .28 .22 .72 .78 b+; P .28 .78 .28 .6 .44 .44 .56 .62 .72 .5 .72 .78 c; E .6 .34 .05 .05 b",
@@ -160,7 +161,7 @@ DECOR_OBJECTS: dict[str, str] = {
     "mirror": "E .5 .48 .34 .44 a; E .5 .48 .28 .38 b+; P .4 .2 .52 .14 .34 .74 .28 .6 w",
 }
 
-# %% ../../nbs/data/11b_sample_pictures.ipynb #40f2d718
+# %% ../../nbs/data/11b_sample_pictures.ipynb #f0d1292f
 CARE_OBJECTS: dict[str, str] = {
     "baby_bottle": "R .36 .36 .64 .92 p .06; R .34 .28 .66 .38 a; P .4 .28 .44 .16 .48 .1 .52 .1 .56 .16 .6 .28 y; G .52 .48 .6 .84 1 7 a; R .36 .6 .5 .9 w",
     "pram": "P .16 .3 .5 .1 .52 .46 .12 .46 a; P .12 .46 .82 .46 .72 .66 .24 .66 a-; L .82 .46 .94 .24 .03 k; L .3 .66 .24 .82 .025 y; L .64 .66 .72 .82 .025 y; E .24 .84 .09 .09 k; E .72 .84 .09 .09 k; E .24 .84 .04 .04 y; E .72 .84 .04 .04 y",
@@ -182,7 +183,7 @@ CARE_OBJECTS: dict[str, str] = {
     "dog": "E .54 .62 .26 .16 a; E .26 .42 .14 .13 a; P .18 .34 .14 .52 .24 .46 a-; L .38 .72 .36 .92 .05 a; L .68 .72 .7 .92 .05 a; L .78 .56 .92 .42 .04 a; E .22 .4 .02 .02 k; E .14 .46 .03 .02 k; P .36 .52 .74 .48 .76 .62 .38 .7 b",
 }
 
-# %% ../../nbs/data/11b_sample_pictures.ipynb #48bfc82b
+# %% ../../nbs/data/11b_sample_pictures.ipynb #83f35fc0
 GARDEN_OBJECTS: dict[str, str] = {
     "parasol": "P .06 .38 .5 .08 .94 .38 a; P .36 .38 .5 .08 .64 .38 a+; L .5 .36 .5 .88 .025 y; R .36 .88 .64 .94 k; P .06 .38 .2 .44 .36 .38 a-; P .64 .38 .8 .44 .94 .38 a-",
     "lounger": "P .08 .6 .62 .6 .9 .3 .96 .36 .68 .68 .08 .68 a; L .14 .68 .12 .86 .025 b; L .6 .68 .64 .86 .025 b; R .72 .36 .86 .46 c .03; L .8 .5 .84 .86 .02 b",
@@ -204,7 +205,7 @@ GARDEN_OBJECTS: dict[str, str] = {
     "fitting": "R .1 .42 .9 .58 p; R .06 .36 .2 .64 a; R .8 .36 .94 .64 a; R .42 .16 .58 .5 p; R .36 .1 .64 .22 a; E .5 .5 .05 .05 k",
 }
 
-# %% ../../nbs/data/11b_sample_pictures.ipynb #4d510797
+# %% ../../nbs/data/11b_sample_pictures.ipynb #272ae3bd
 TOOL_OBJECTS: dict[str, str] = {
     "mower": "P .2 .58 .3 .46 .7 .46 .82 .6 .82 .72 .2 .72 a; E .26 .76 .1 .1 k; E .74 .76 .1 .1 k; L .7 .48 .92 .1 .025 k; L .92 .1 .8 .06 .025 k; R .38 .34 .6 .48 k .03; E .26 .76 .04 .04 c; E .74 .76 .04 .04 c",
     "secateurs": "P .48 .5 .3 .1 .38 .06 .56 .46 y; P .52 .5 .72 .12 .62 .08 .46 .48 y-; L .5 .5 .36 .92 .06 a; L .5 .5 .66 .92 .06 a; E .5 .5 .05 .05 k",
@@ -225,7 +226,7 @@ TOOL_OBJECTS: dict[str, str] = {
 OBJECTS: dict[str, str] = (PAPER_OBJECTS | VIDEO_OBJECTS | COLLECTION_OBJECTS | TOY_OBJECTS | OUTDOOR_OBJECTS | HOME_OBJECTS
                            | DECOR_OBJECTS | CARE_OBJECTS | GARDEN_OBJECTS | TOOL_OBJECTS)
 
-# %% ../../nbs/data/11b_sample_pictures.ipynb #f0d1292f
+# %% ../../nbs/data/11b_sample_pictures.ipynb #94afa613
 @dataclass(frozen=True)
 class Look:
     "How one product type is shown; every field holds options separated by `|`."
@@ -234,7 +235,7 @@ class Look:
     backgrounds: str = "white|white|white|tint"
     layouts: str = "single"
 
-# %% ../../nbs/data/11b_sample_pictures.ipynb #9f205933
+# %% ../../nbs/data/11b_sample_pictures.ipynb #ec14cf22
 LOOKS: dict[int | str, Look] = {
     10: Look("old_cover|old_cover|leather|cover|scene_cover", "sober|sober|paper", "white|white|table"),
     2280: Look("magazine|magazine|magazine|newspaper|old_cover", "vivid|sober|paper", "white|white|table|tint", "single|single|single|pair"),
@@ -270,7 +271,7 @@ LOOKS: dict[int | str, Look] = {
     "garden": Look("carton|blister|fitting|spare|no_photo|parts|shade_sail", "water|tool|sober", "white|lawn|tint"),
 }
 
-# %% ../../nbs/data/11b_sample_pictures.ipynb #83f35fc0
+# %% ../../nbs/data/11b_sample_pictures.ipynb #6ba43ddf
 PALETTES: dict[str, str] = {
     "vivid": "#e23b3b|#2f7de1|#f6b51e|#38a169|#8e44ad|#f2711c|#12b5b0|#d6336c|#20639b|#f9e04c",
     "pastel": "#f7c5cc|#bcdff1|#cdebc5|#f9e6b3|#d9c8ef|#f3d9c6|#b8e3dc|#e8e3da|#a9c1de|#efb8a6",
@@ -289,7 +290,7 @@ PAINTS: dict[str, str] = {
     "aqua": "#6ccbe6", "red": "#cf2e2e",
 }
 
-# %% ../../nbs/data/11b_sample_pictures.ipynb #272ae3bd
+# %% ../../nbs/data/11b_sample_pictures.ipynb #62e4c4a7
 def shade(
     colour: str, # hex colour
     factor: float, # below 0 towards black, above 0 towards white
@@ -299,7 +300,7 @@ def shade(
     red, green, blue = (round(v + (target - v) * abs(factor)) for v in ImageColor.getrgb(colour)[:3])
     return red, green, blue
 
-# %% ../../nbs/data/11b_sample_pictures.ipynb #b74cba8c
+# %% ../../nbs/data/11b_sample_pictures.ipynb #d510690d
 def rounded_box(x0: float, y0: float, x1: float, y1: float, radius: float = 0.0) -> list[tuple[float, float]]:
     "The corners of a box, each as an arc when it is rounded."
     if not radius: return [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
@@ -307,23 +308,23 @@ def rounded_box(x0: float, y0: float, x1: float, y1: float, radius: float = 0.0)
     return [(cx + radius * math.cos(t), cy + radius * math.sin(t)) for quarter, (cx, cy) in enumerate(centres)
             for t in (math.pi / 2 * (quarter + k / 5) for k in range(6))]
 
-# %% ../../nbs/data/11b_sample_pictures.ipynb #94afa613
+# %% ../../nbs/data/11b_sample_pictures.ipynb #b9617978
 def ellipse(cx: float, cy: float, rx: float, ry: float) -> list[tuple[float, float]]:
     "An ellipse as a polygon of 36 points."
     return [(cx + rx * math.cos(k * math.pi / 18), cy + ry * math.sin(k * math.pi / 18)) for k in range(36)]
 
-# %% ../../nbs/data/11b_sample_pictures.ipynb #ec14cf22
+# %% ../../nbs/data/11b_sample_pictures.ipynb #bb8f3445
 def thick_line(*numbers: float) -> list[list[tuple[float, float]]]:
     "A line `x y x y … width` as one quadrilateral a segment and a dot at every joint."
     *flat, width = numbers
     points, shapes = list(zip(flat[::2], flat[1::2], strict=True)), []
-    for (xa, ya), (xb, yb) in zip(points, points[1:], strict=False):
+    for (xa, ya), (xb, yb) in pairwise(points):
         length = math.hypot(xb - xa, yb - ya) or 1.0
         dx, dy = (yb - ya) / length * width / 2, (xb - xa) / length * width / 2
         shapes.append([(xa - dx, ya + dy), (xb - dx, yb + dy), (xb + dx, yb - dy), (xa + dx, ya - dy)])
     return shapes + [ellipse(x, y, width / 2, width / 2) for x, y in points]
 
-# %% ../../nbs/data/11b_sample_pictures.ipynb #22bef089
+# %% ../../nbs/data/11b_sample_pictures.ipynb #fac3374d
 def box_grid(x0: float, y0: float, x1: float, y1: float, columns: float, rows: float) -> list[list[tuple[float, float]]]:
     "Small boxes with gaps: lines of text, keys, planks, the squares of a chess board."
     w, h = (x1 - x0) / columns, (y1 - y0) / rows
@@ -331,7 +332,7 @@ def box_grid(x0: float, y0: float, x1: float, y1: float, columns: float, rows: f
     return [rounded_box(x0 + i * w, y0 + j * h, x0 + (i + (1 if board else .55 if columns > 4 else .9)) * w, y0 + (j + (1 if board else .55)) * h)
             for i in range(int(columns)) for j in range(int(rows)) if not board or (i + j) % 2]
 
-# %% ../../nbs/data/11b_sample_pictures.ipynb #6ba43ddf
+# %% ../../nbs/data/11b_sample_pictures.ipynb #7bdff755
 def scatter(rng: np.random.Generator, x0: float, y0: float, x1: float, y1: float, count: float, size: float) -> list[list[tuple[float, float]]]:
     "Dots, diamonds or squares at random places: the pattern of a fabric, the lights of a tree."
     corners = (36, 4, 6)[int(rng.integers(3))]
@@ -339,7 +340,7 @@ def scatter(rng: np.random.Generator, x0: float, y0: float, x1: float, y1: float
     return [[(x0 + u * (x1 - x0) + size * (.7 + .6 * v) * math.cos(2 * math.pi * k / corners),
               y0 + w * (y1 - y0) + size * (.7 + .6 * v) * math.sin(2 * math.pi * k / corners)) for k in range(corners)] for u, w, v in spots]
 
-# %% ../../nbs/data/11b_sample_pictures.ipynb #8176c4d2
+# %% ../../nbs/data/11b_sample_pictures.ipynb #59f25a27
 OUTLINES: dict[str, Callable[..., list[list[tuple[float, float]]]]] = {
     "R": lambda rng, *n: [rounded_box(*n)],
     "E": lambda rng, *n: [ellipse(*n)],
@@ -349,7 +350,7 @@ OUTLINES: dict[str, Callable[..., list[list[tuple[float, float]]]]] = {
     "N": lambda rng, *n: scatter(rng, *n),
 }
 
-# %% ../../nbs/data/11b_sample_pictures.ipynb #d510690d
+# %% ../../nbs/data/11b_sample_pictures.ipynb #a21dfb0d
 @dataclass(frozen=True)
 class Shape:
     "One shape of an object."
@@ -358,8 +359,8 @@ class Shape:
     slot: str # for a word: what it is drawn from
     paint: str
 
-# %% ../../nbs/data/11b_sample_pictures.ipynb #b9617978
-@lru_cache(maxsize=None)
+# %% ../../nbs/data/11b_sample_pictures.ipynb #25df8264
+@cache
 def object_shapes(
     name: str, # key of `OBJECTS`
 ) -> tuple[Shape, ...]: # in the order of painting
@@ -373,7 +374,7 @@ def object_shapes(
         shapes.append(Shape(kind, numbers, words[0] if kind == "T" else "", words[-1]))
     return tuple(shapes)
 
-# %% ../../nbs/data/11b_sample_pictures.ipynb #7bdff755
+# %% ../../nbs/data/11b_sample_pictures.ipynb #0b6c9221
 @dataclass(frozen=True)
 class Pose:
     "Where an object stands on the canvas."
@@ -390,7 +391,7 @@ class Pose:
         moved = ((sign * (u - .5) * self.stretch * self.size, (v - .5) / self.stretch * self.size) for u, v in points)
         return [(self.x + c * dx - s * dy, self.y + s * dx + c * dy) for dx, dy in moved]
 
-# %% ../../nbs/data/11b_sample_pictures.ipynb #a878d630
+# %% ../../nbs/data/11b_sample_pictures.ipynb #c93cfc14
 CANVAS = 1000 # pixels a side while drawing; twice the picture's, so that edges come out smooth
 LAYOUTS: dict[str, tuple[tuple[float, float, float, float], ...]] = { # x, y, size as shares of the canvas, angle
     "single": ((.5, .5, .84, 0),),
@@ -399,7 +400,7 @@ LAYOUTS: dict[str, tuple[tuple[float, float, float, float], ...]] = { # x, y, si
     "grid": ((.27, .28, .44, 0), (.73, .28, .44, 0), (.27, .73, .44, 0), (.73, .73, .44, 0)),
 }
 
-# %% ../../nbs/data/11b_sample_pictures.ipynb #59f25a27
+# %% ../../nbs/data/11b_sample_pictures.ipynb #9b6898a4
 def draw_poses(
     layout: str, # key of `LAYOUTS`
     rng: np.random.Generator,
@@ -410,7 +411,7 @@ def draw_poses(
     return [Pose(CANVAS * (x + dx), CANVAS * (y + dy), CANVAS * size * zoom, angle + rng.normal(0, .06), rng.uniform(.88, 1.13), flip)
             for x, y, size, angle in LAYOUTS[layout]]
 
-# %% ../../nbs/data/11b_sample_pictures.ipynb #d706c0b8
+# %% ../../nbs/data/11b_sample_pictures.ipynb #9826554f
 def palette_paints(
     palette: str, # key of `PALETTES`
     rng: np.random.Generator,
@@ -419,15 +420,15 @@ def palette_paints(
     colours = PALETTES[palette].split("|")
     drawn = [np.clip(np.array(ImageColor.getrgb(colours[int(i)])) + rng.normal(0, 9, 3), 0, 255).astype(int)
              for i in rng.permutation(len(colours))[:3]]
-    return PAINTS | {name: "#%02x%02x%02x" % tuple(rgb) for name, rgb in zip("abc", drawn, strict=True)}
+    return PAINTS | {name: f"#{bytes(rgb.tolist()).hex()}" for name, rgb in zip("abc", drawn, strict=True)}
 
-# %% ../../nbs/data/11b_sample_pictures.ipynb #a21dfb0d
+# %% ../../nbs/data/11b_sample_pictures.ipynb #4bd54053
 @lru_cache(maxsize=64)
 def embedded_font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     "Pillow's own font."
     return ImageFont.load_default(size)
 
-# %% ../../nbs/data/11b_sample_pictures.ipynb #25df8264
+# %% ../../nbs/data/11b_sample_pictures.ipynb #c1c679ea
 def paint_word(canvas: Image.Image, pose: Pose, shape: Shape, word: str, colour: tuple[int, int, int]) -> None:
     "A word, turned with its object and shrunk to its width."
     cx, cy, height = shape.numbers
@@ -440,7 +441,7 @@ def paint_word(canvas: Image.Image, pose: Pose, shape: Shape, word: str, colour:
     x, y = pose.place([(cx, cy)])[0]
     canvas.paste((*colour, 255), (int(x - mask.width / 2), int(y - mask.height / 2)), mask)
 
-# %% ../../nbs/data/11b_sample_pictures.ipynb #1225ebb2
+# %% ../../nbs/data/11b_sample_pictures.ipynb #584488dd
 TONES = {"": 0.0, "+": .38, "-": -.28} # what a sign after a paint does to it
 EXTRA_WORDS = {"mah": "{n}00 mAh", "letter": "A|B|C|E|K|M|R|5|7"}
 
@@ -464,30 +465,30 @@ def paint_object(
         for outline in OUTLINES[shape.kind](rng, *shape.numbers):
             pen.polygon(pose.place(outline), fill=(*colour, 255), outline=edge, width=3)
 
-# %% ../../nbs/data/11b_sample_pictures.ipynb #0b6c9221
-@lru_cache(maxsize=None)
+# %% ../../nbs/data/11b_sample_pictures.ipynb #3e17c3a4
+@cache
 def ramp(angle: int, side: int = CANVAS // 2) -> Image.Image:
     "A grey ramp across a square, turned by `angle` degrees."
     return Image.linear_gradient("L").resize((side * 3 // 2,) * 2).rotate(angle).crop((side // 4, side // 4, side // 4 + side, side // 4 + side))
 
-# %% ../../nbs/data/11b_sample_pictures.ipynb #945df774
+# %% ../../nbs/data/11b_sample_pictures.ipynb #63be950f
 def blend_ramp(first: str, second: str, rng: np.random.Generator) -> Image.Image:
     "A square that runs from one colour to another, in one of eight directions."
     side = CANVAS // 2
     return Image.composite(Image.new("RGB", (side, side), first), Image.new("RGB", (side, side), second), ramp(45 * int(rng.integers(8))))
 
-# %% ../../nbs/data/11b_sample_pictures.ipynb #c93cfc14
+# %% ../../nbs/data/11b_sample_pictures.ipynb #8053e457
 def room_background(rng: np.random.Generator) -> Image.Image:
     "A wall, a skirting board, a floor with planks."
     wall, floor = pick("#e8e4dc|#dfe6e9|#efe6da|#d8dccf|#cfd8dc", rng), pick("#b78d62|#9c7a58|#c9ab84|#8f8a84", rng)
-    scene, horizon = blend_ramp(wall, "#%02x%02x%02x" % shade(wall, -.12), rng), int(rng.integers(310, 390))
+    scene, horizon = blend_ramp(wall, f"#{bytes(shade(wall, -.12)).hex()}", rng), int(rng.integers(310, 390))
     pen = ImageDraw.Draw(scene)
     pen.rectangle((0, horizon, 500, 500), fill=floor)
     pen.rectangle((0, horizon - 8, 500, horizon), fill="#f7f5f0")
     for k in range(-6, 17): pen.line((250 + (k * 50 - 250) * .7, horizon, k * 70 - 100, 500), fill=shade(floor, -.15), width=1)
     return scene
 
-# %% ../../nbs/data/11b_sample_pictures.ipynb #9b6898a4
+# %% ../../nbs/data/11b_sample_pictures.ipynb #6ce884cf
 def table_background(rng: np.random.Generator) -> Image.Image:
     "Wooden boards seen from above."
     wood = pick("#c79f6d|#a87d50|#8d6844|#d9bb90|#7d6a58", rng)
@@ -498,7 +499,7 @@ def table_background(rng: np.random.Generator) -> Image.Image:
         for _ in range(5): pen.line((0, y := top + int(rng.integers(step)), 500, y + int(rng.integers(-6, 7))), fill=shade(wood, -.18), width=1)
     return scene
 
-# %% ../../nbs/data/11b_sample_pictures.ipynb #345f7e2d
+# %% ../../nbs/data/11b_sample_pictures.ipynb #ca777252
 def lawn_background(rng: np.random.Generator) -> Image.Image:
     "Sky, a hedge, grass."
     scene, horizon = blend_ramp("#bfe0f5", "#eaf5fb", rng), int(rng.integers(190, 300))
@@ -509,7 +510,7 @@ def lawn_background(rng: np.random.Generator) -> Image.Image:
     for x, y in blades.tolist(): pen.line((x, y, x + 3, y - 9), fill="#6a9a45", width=2)
     return scene
 
-# %% ../../nbs/data/11b_sample_pictures.ipynb #3e9af56a
+# %% ../../nbs/data/11b_sample_pictures.ipynb #657a865f
 BACKGROUNDS: dict[str, Callable[[np.random.Generator], Image.Image]] = {
     "white": lambda rng: blend_ramp("#ffffff", pick("#ffffff|#ffffff|#f4f4f4|#eef0f2", rng), rng),
     "tint": lambda rng: blend_ramp(pick("#f3e9dc|#dcebf3|#e9f3dc|#f3dce6|#e6e0f0|#d7dde0", rng), "#ffffff", rng),
@@ -517,7 +518,7 @@ BACKGROUNDS: dict[str, Callable[[np.random.Generator], Image.Image]] = {
     "room": room_background, "table": table_background, "lawn": lawn_background,
 }
 
-# %% ../../nbs/data/11b_sample_pictures.ipynb #680651ff
+# %% ../../nbs/data/11b_sample_pictures.ipynb #4d7119f5
 def light_scene(
     scene: Image.Image, # RGB background
     objects: Image.Image, # RGBA of the same size
@@ -528,22 +529,25 @@ def light_scene(
     shadow = alpha.resize((side // 4,) * 2).filter(ImageFilter.GaussianBlur(int(rng.integers(2, 6)))).resize((side, side))
     shadow = ImageChops.offset(shadow, int(rng.integers(-12, 13)), int(rng.integers(4, 16))).point(lambda v: v * 9 // 20)
     scene = Image.composite(Image.new("RGB", scene.size, "#1c1e22"), scene, shadow)
-    light = ramp(45 * int(rng.integers(8))).point(lambda v, low=int(rng.integers(165, 215)): low + v * (270 - low) // 255)
+    angle, low = 45 * int(rng.integers(8)), int(rng.integers(165, 215))
+    light = ramp(angle).point(lambda v: low + v * (270 - low) // 255)
     lit = ImageChops.multiply(objects.convert("RGB"), Image.merge("RGB", (light,) * 3))
     scene.paste(lit, (0, 0), alpha)
     return scene
 
-# %% ../../nbs/data/11b_sample_pictures.ipynb #4bd54053
+# %% ../../nbs/data/11b_sample_pictures.ipynb #b60a5241
 def add_grain(
     picture: Image.Image, # RGB
     rng: np.random.Generator,
 ) -> Image.Image: # RGB
     "Grain, exposure and white balance of a shop's camera."
-    pixels = np.asarray(picture, dtype=np.float32) * rng.uniform(.93, 1.03) * rng.uniform(.975, 1.025, 3).astype(np.float32)
+    gains = rng.uniform(.93, 1.03) * rng.uniform(.975, 1.025, 3)
+    # two levels of room on either side, so that the grain cannot overflow
+    exposed = picture.point([min(253, max(2, round(v * gain))) for gain in gains for v in range(256)])
     grain = rng.integers(-2, 3, (picture.height, picture.width, 1), dtype=np.int8)
-    return Image.fromarray(np.clip(pixels + grain, 0, 255).astype(np.uint8))
+    return Image.fromarray(np.asarray(exposed) + grain.view(np.uint8))
 
-# %% ../../nbs/data/11b_sample_pictures.ipynb #c1c679ea
+# %% ../../nbs/data/11b_sample_pictures.ipynb #ac29178c
 def draw_picture(
     source: int | str, # whose look: a product type code, or a group when nobody could tell
     rng: np.random.Generator,
@@ -557,7 +561,7 @@ def draw_picture(
         if layout in ("grid", "fan"): name, paints = pick(look.objects, rng), palette_paints(pick(look.palettes, rng), rng)
     return add_grain(light_scene(BACKGROUNDS[pick(look.backgrounds, rng)](rng), canvas.reduce(2), rng), rng)
 
-# %% ../../nbs/data/11b_sample_pictures.ipynb #584488dd
+# %% ../../nbs/data/11b_sample_pictures.ipynb #2b2eb1fe
 def picture_jpeg(
     source: int | str, # whose look: a product type code, or a group
     rng: np.random.Generator,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Evaluation', 'evaluate', 'contract_frame', 'class_frame', 'new_figure', 'plot_confusion', 'plot_reliability',
-           'plot_coverage', 'coverage_at', 'write_json', 'judgement_curves', 'write_plots']
+           'plot_coverage', 'coverage_at', 'coverage_words', 'write_json', 'judgement_curves', 'write_plots']
 
 # %% ../../nbs/evaluation/30_report.ipynb #d7031f9b
 import json
@@ -19,14 +19,16 @@ import pandas as pd
 from ..data.catalog import Catalog
 from ..errors import TooLittleData
 from ..files import atomic_file
-from ..metrics import class_scores, confusion_matrix, coverage_curve, ece, reliability, summary
+from ..metrics import class_scores, confusion_matrix, coverage_curve, ece, reliability, summary, wilson_bound
 from ..models.bundle import Bundle
 from ..models.training import Judgement, figures
 from ..taxonomy import CODES, PRODUCT_TYPES
 
-if TYPE_CHECKING: from matplotlib.figure import Figure
+# %% ../../nbs/evaluation/30_report.ipynb #513a5a27
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-# %% ../../nbs/evaluation/30_report.ipynb #cdc4d214
+# %% ../../nbs/evaluation/30_report.ipynb #25da1dcd
 @dataclass
 class Evaluation:
     "A bundle's probabilities on labelled products."
@@ -41,7 +43,7 @@ class Evaluation:
         experts = {e: summary(self.y[r], p[r]) for e, (r, p) in self.experts.items() if r.any()}
         return {"fused": figures(self.y, self.fused), "experts": experts, "trained_on": int(self.known.sum())}
 
-# %% ../../nbs/evaluation/30_report.ipynb #25da1dcd
+# %% ../../nbs/evaluation/30_report.ipynb #9fec014a
 def evaluate(
     bundle: Bundle,
     catalog: Catalog,
@@ -56,7 +58,7 @@ def evaluate(
     experts = {e: (sees[e][rows], probs[e][rows]) for e in bundle.experts}
     return Evaluation(products.label[rows], fused, experts, bundle.threshold, bundle.knows(products)[rows])
 
-# %% ../../nbs/evaluation/30_report.ipynb #9fec014a
+# %% ../../nbs/evaluation/30_report.ipynb #a6a3fa56
 def contract_frame(
     found: Mapping[str, Any], # of `Evaluation.contract`
 ) -> pd.DataFrame: # one row an expert, the fused answer last
@@ -64,7 +66,7 @@ def contract_frame(
     rows = found["experts"] | {"fused": found["fused"]}
     return pd.DataFrame([{"expert": e, **{k: v for k, v in m.items() if k != "weighted_f1_interval"}} for e, m in rows.items()])
 
-# %% ../../nbs/evaluation/30_report.ipynb #6e91df12
+# %% ../../nbs/evaluation/30_report.ipynb #65614900
 def class_frame(
     y: np.ndarray, # (n,) class indices
     p: np.ndarray, # (n, 27) probabilities
@@ -77,7 +79,7 @@ def class_frame(
                        "products": s["support"], "taken for": taken})
     return df[df["products"] > 0].sort_values("f1", kind="stable").reset_index(drop=True)
 
-# %% ../../nbs/evaluation/30_report.ipynb #74996591
+# %% ../../nbs/evaluation/30_report.ipynb #b3a10ca0
 def new_figure(
     width: float, # inches
     height: float, # inches
@@ -101,7 +103,7 @@ def plot_confusion(
     fig.colorbar(shown, ax=ax, label="share of the true type's products", shrink=.8)
     return fig
 
-# %% ../../nbs/evaluation/30_report.ipynb #75aa2b17
+# %% ../../nbs/evaluation/30_report.ipynb #b29d012a
 def plot_reliability(
     curves: Mapping[str, tuple[np.ndarray, np.ndarray]], # name → (n,) class indices, (n, 27) probabilities
 ) -> "Figure":
@@ -116,7 +118,7 @@ def plot_reliability(
     ax.legend(frameon=False)
     return fig
 
-# %% ../../nbs/evaluation/30_report.ipynb #4efda1f3
+# %% ../../nbs/evaluation/30_report.ipynb #9b490e22
 def plot_coverage(
     curves: Mapping[str, tuple[np.ndarray, np.ndarray]], # name → (n,) class indices, (n, 27) probabilities
     precision: float | None = None, # the promise, drawn as a line
@@ -132,17 +134,28 @@ def plot_coverage(
     ax.legend(frameon=False)
     return fig
 
-# %% ../../nbs/evaluation/30_report.ipynb #9c4521d5
+# %% ../../nbs/evaluation/30_report.ipynb #7ce34b59
 def coverage_at(
     y: np.ndarray, # (n,) class indices
     p: np.ndarray, # (n, 27) probabilities
     threshold: float, # of the bundle
-) -> dict[str, float]: # coverage, precision (NaN where nothing is decided), threshold
+) -> dict[str, float]: # threshold, coverage, decided; precision and its 95 % interval low, high (absent where nothing is decided)
     "Share of products above the threshold, and how many of those are right."
-    sure = p.max(1) >= threshold
-    return {"threshold": threshold, "coverage": float(sure.mean()), "precision": float((p.argmax(1) == y)[sure].mean()) if sure.any() else float("nan")}
+    hit = (p.argmax(1) == y)[p.max(1) >= threshold]
+    out = {"threshold": threshold, "coverage": len(hit) / max(len(y), 1), "decided": len(hit)}
+    if not len(hit): return out
+    low, high = (float(wilson_bound(hit.sum(), len(hit), z)) for z in (-1.96, 1.96))
+    return out | {"precision": float(hit.mean()), "low": low, "high": high}
 
-# %% ../../nbs/evaluation/30_report.ipynb #4a189593
+def coverage_words(
+    found: Mapping[str, float], # of `coverage_at`
+) -> str:
+    "The same in a sentence."
+    if not found["decided"]: return "no product is decided without a person"
+    right = f"{found['precision']:.1%} of those are right ({found['low']:.1%} to {found['high']:.1%})"
+    return f"{found['coverage']:.0%} of the products ({found['decided']:,}) need nobody; {right}"
+
+# %% ../../nbs/evaluation/30_report.ipynb #5697fd5e
 def write_json(
     path: Path,
     value: Any, # what JSON holds; NaN is refused

@@ -12,7 +12,7 @@ import csv
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from ..data.clean import clean_text
 from ..errors import InputError
 from ..files import atomic_file, atomic_folder, check_writable, file_hash
 from .experts import Expert, expert_class
-from .fusion import Fusion, expert_shares, fusion_state, rebuild_fusion
+from .fusion import Fusion, expert_shares, fusion_state, rebuild_fusion, temper
 from ..taxonomy import CODES, PRODUCT_TYPES
 
 # %% ../../nbs/models/25_bundle.ipynb #989da539
@@ -137,11 +137,12 @@ class Bundle:
     threshold: float # below this confidence a person looks
     about: dict[str, Any] # params, data, metrics, profile: whatever JSON holds and depends on the model alone
     trained: np.ndarray # (m,) uint64 fingerprints, sorted
+    temperatures: dict[str, float] = field(default_factory=dict) # expert → power its probabilities are raised to; 1 where not given
     version: str = "unsaved" # 12 hexadecimal digits
 
     def expert_proba(self, products: Products) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        "Each expert's probabilities (n, 27), and which products it sees (n,)."
-        return ({name: e.predict_proba(products) for name, e in self.experts.items()},
+        "Each expert's calibrated probabilities (n, 27), and which products it sees (n,)."
+        return ({name: temper(e.predict_proba(products), self.temperatures.get(name, 1.0)) for name, e in self.experts.items()},
                 {name: e.sees(products) & products.usable for name, e in self.experts.items()})
 
     def predict_chunk(self, products: Products) -> Predictions:
@@ -169,6 +170,7 @@ def bundle_meta(
 ) -> dict[str, Any]: # bundle.json
     "What bundle.json says."
     meta = {"format": FORMAT, "classes": list(CODES), "experts": list(bundle.experts), "threshold": round(bundle.threshold, 9),
+            "temperatures": {name: round(t, 9) for name, t in bundle.temperatures.items()},
             "fusion": fusion_state(bundle.fusion), **bundle.about, "libraries": {n: version(n) for n in LIBRARIES}, "files": files}
     return meta | {"self": meta_hash(meta)}
 
@@ -199,15 +201,17 @@ def save_bundle(
 # %% ../../nbs/models/25_bundle.ipynb #f0026262
 def load_bundle(
     folder: Path | str, # of a bundle
+    cache_dir: Path | None = None, # where experts may keep embeddings of pictures they meet; nowhere by default
 ) -> Bundle:
     "Verify and read a bundle; raises `BundleError` naming the file that is wrong."
     folder = Path(folder)
     meta = verify_bundle(folder)
     if tuple(meta["classes"]) != CODES: raise BundleError(f"{folder / 'bundle.json'}: expected the {len(CODES)} classes of the taxonomy; found others")
     experts = {name: expert_class(name).load(folder / "experts" / name) for name in meta["experts"]}
+    for e in experts.values(): e.cache_dir = cache_dir
     with np.load(folder / "trained.npz", allow_pickle=False) as f: trained = f["fingerprints"]
-    about = {k: v for k, v in meta.items() if k not in {"format", "classes", "experts", "threshold", "fusion", "libraries", "files", "self"}}
-    return Bundle(experts, rebuild_fusion(meta["fusion"]), meta["threshold"], about, trained, meta["self"][:12])
+    about = {k: v for k, v in meta.items() if k not in {"format", "classes", "experts", "threshold", "temperatures", "fusion", "libraries", "files", "self"}}
+    return Bundle(experts, rebuild_fusion(meta["fusion"]), meta["threshold"], about, trained, meta["temperatures"], meta["self"][:12])
 
 Bundle.load = staticmethod(load_bundle) # type: ignore[attr-defined]
 Bundle.save = save_bundle # type: ignore[attr-defined]

@@ -24,6 +24,7 @@ class Expert(ABC):
     "Gives product types probabilities for the products it can see."
     name: ClassVar[str] # what it is called in tables and in the bundle
     modality: ClassVar[str] # text or image
+    cache_dir: Path | None = None # where what is expensive may be kept; no part of the model
 
     def __init__(self, **params: Any): # kept in the bundle, so that a model says how it was made
         self.params = params

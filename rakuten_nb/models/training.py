@@ -26,10 +26,10 @@ from ..data.catalog import Catalog, Products, data_hash
 from ..data.profile import profile, reference_profile
 from ..data.split import Split, make_split
 from ..errors import InputError, TooLittleData
-from ..metrics import bootstrap_interval, review_threshold, summary
+from ..metrics import bootstrap_interval, review_threshold, summary, weighted_f1
 from .bundle import Bundle, fingerprints
 from .experts import GROUPS, Expert, expert_class, expert_names
-from .fusion import cross_fitted, fit_fusion
+from .fusion import cross_fitted, fit_fusion, fit_temperature, temper
 from ..taxonomy import CODES
 
 # %% ../../nbs/models/26_training.ipynb #f4656af0
@@ -115,8 +115,9 @@ class ExpertRun:
     "What one expert said of the labelled products, and the expert that is shipped."
     expert: Expert
     sees: np.ndarray # (n,) bool
-    oof: np.ndarray # (n, 27): out of fold; NaN where it was not asked
-    gold: np.ndarray # (n, 27): from an expert that does not know gold; NaN elsewhere
+    oof: np.ndarray # (n, 27): out of fold, calibrated; NaN where it was not asked
+    gold: np.ndarray # (n, 27): from an expert that does not know gold, calibrated; NaN elsewhere
+    temperature: float # power that calibrates its probabilities, fitted out of fold
 
 def enough(y: np.ndarray) -> bool: # (n,) class indices
     "Whether something can be learned from these labels."
@@ -144,7 +145,9 @@ def run_expert(
         if judged.any() and enough(y[teaches]): oof[judged] = learn(make(), teaches).head(found[place[judged]])
     candidate = learn(make(), split.fold > -2)
     if (ask := split.gold & sees).any(): gold[ask] = candidate.head(found[place[ask]])
-    return ExpertRun(candidate if keep_gold else learn(final, np.full(len(y), True)), sees, oof, gold)
+    said = ~np.isnan(oof[:, 0])
+    power = round(fit_temperature(oof[said], y[said]), 9)
+    return ExpertRun(candidate if keep_gold else learn(final, np.full(len(y), True)), sees, temper(oof, power), temper(gold, power), power)
 
 # %% ../../nbs/models/26_training.ipynb #ac5760be
 def run_experts(
@@ -227,7 +230,8 @@ def judgement_metrics(
     what = {"gold": "labelled rows no expert had learned from; fusion fitted out of fold",
             "out_of_fold": "labelled rows, each judged by experts that had not learned from it or a near duplicate; fusion cross-fitted"}
     def part(which: str) -> dict[str, Any]:
-        experts = {e: figures(j.y[r], j.probs[e][r]) for e in j.probs if (r := j.rows(which, e)).any()}
+        experts = {e: figures(j.y[r], j.probs[e][r]) | {"fused_weighted_f1": round(weighted_f1(j.y[r], j.fused[r]), 6)}
+                   for e in j.probs if (r := j.rows(which, e)).any()}
         rows = j.rows(which)
         return {"rows": what[which], "fused": figures(j.y[rows], j.fused[rows]), "experts": experts}
     return {which: part(which) for which in what if j.rows(which).any()}
@@ -241,8 +245,9 @@ def metrics_frame(
     part = metrics.get(which)
     if not part: return pd.DataFrame()
     rows = part["experts"] | {"fused": part["fused"]}
-    return pd.DataFrame([{"expert": e, **{k: v for k, v in m.items() if k != "weighted_f1_interval"},
-                          "95 % interval of weighted F1": "{:.3f} – {:.3f}".format(*m["weighted_f1_interval"])} for e, m in rows.items()])
+    shown = ("weighted_f1", "macro_f1", "accuracy", "top3", "log_loss", "ece", "n")
+    return pd.DataFrame([{"expert": e, **{k: m[k] for k in shown}, "95 % interval": "{:.3f} – {:.3f}".format(*m["weighted_f1_interval"]),
+                          "pool, same rows": m.get("fused_weighted_f1", m["weighted_f1"])} for e, m in rows.items()])
 
 # %% ../../nbs/models/26_training.ipynb #6e9cfdd3
 def check_enough(
@@ -268,7 +273,8 @@ def assemble(
              "data": {"sha256": data_hash(products), "rows": len(products), "trained_on": int(taught.sum()), "gold": int(split.gold.sum()),
                       "near_duplicates_of_gold": int(split.dropped.sum()), "scored": int(split.scored.sum())},
              "metrics": judgement_metrics(j), "profile": reference_profile(profile(products))}
-    return Bundle({e: r.expert for e, r in runs.items()}, fusion, threshold, about, np.unique(fingerprints(products[taught]))), j
+    experts, powers = {e: r.expert for e, r in runs.items()}, {e: r.temperature for e, r in runs.items()}
+    return Bundle(experts, fusion, threshold, about, np.unique(fingerprints(products[taught])), powers), j
 
 # %% ../../nbs/models/26_training.ipynb #586ddbf8
 def train(

@@ -122,15 +122,17 @@ def save_runs(
         for name, run in runs.items():
             (place := folder / name / "expert").mkdir(parents=True)
             run.expert.save(place)
-            save_arrays(folder / name / "said.npz", sees=run.sees, oof=run.oof, gold=run.gold)
+            save_arrays(folder / name / "said.npz", sees=run.sees, oof=run.oof, gold=run.gold, temperature=np.array(run.temperature))
 
 def load_runs(
     folder: Path, # written by `save_runs`
 ) -> dict[str, ExpertRun]:
     "Read the experts of one stage and what they said; none where the stage trained none."
     names = sorted(p.parent.name for p in folder.glob("*/said.npz"))
-    load = lambda place, name: ExpertRun(expert_class(name).load(place / "expert"), **load_arrays(place / "said.npz"))
-    return {n: load(folder / n, n) for n in names}
+    def run(name: str) -> ExpertRun:
+        a = load_arrays(folder / name / "said.npz")
+        return ExpertRun(expert_class(name).load(folder / name / "expert"), a["sees"], a["oof"], a["gold"], float(a["temperature"]))
+    return {name: run(name) for name in names}
 
 # %% ../../nbs/models/27_workspace.ipynb #90ef8bd9
 def save_judgement(
@@ -162,4 +164,5 @@ def answers_frame(
     lines = lines.assign(title=[clean_text(t, 60) for t in getattr(prepared, split).title])
     lines = lines[lines["prdtypecode"] != ""].head(n)
     return pd.DataFrame({"product": lines["title"], "prdtypecode": lines["prdtypecode"], "name": lines["name"],
-                         "confidence": lines["confidence"].astype(float), "review": lines["needs_review"].map({"true": "yes", "false": ""}), "decided by": lines["experts"]})
+                         "confidence": lines["confidence"].astype(float), "review": lines["needs_review"].map({"true": "yes", "false": ""}),
+                         "decided by": lines["experts"]})

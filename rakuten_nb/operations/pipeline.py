@@ -38,7 +38,7 @@ def stage_notebook(
     if name not in found: raise InputError(f"stage {name!r} is not known; expected {', '.join(found) or 'notebooks in nbs/stages'}")
     return found[name]
 
-# %% ../../nbs/operations/54_pipeline.ipynb #2360b1df
+# %% ../../nbs/operations/54_pipeline.ipynb #8ae910ee
 def declared_parameters(
     notebook: Path,
 ) -> set[str]: # names
@@ -59,7 +59,7 @@ def read_sections(
     if not isinstance(found, dict): raise InputError(f"{path}: expected a section a stage; found {type(found).__name__}")
     return found
 
-# %% ../../nbs/operations/54_pipeline.ipynb #8ae910ee
+# %% ../../nbs/operations/54_pipeline.ipynb #96d7d162
 def stage_parameters(
     name: str, # of a stage
     notebook: Path, # its notebook
@@ -74,13 +74,13 @@ def stage_parameters(
     if missing := sorted(known - set(given) - {"seed"}): raise InputError(f"params.yaml: {section}.{missing[0]} is missing; {notebook.name} declares it")
     return given | ({"seed": params.get("seed", 0)} if "seed" in known and "seed" not in given else {})
 
-# %% ../../nbs/operations/54_pipeline.ipynb #9a86a50f
+# %% ../../nbs/operations/54_pipeline.ipynb #0e3376a7
 class PassOn(logging.Handler):
     "Passes what a notebook prints on to the terminal, without papermill's own remarks."
     def emit(self, record: logging.LogRecord) -> None:
         "One piece of output."
         text = record.getMessage().rstrip()
-        if record.funcName == "log_output_message" and text and not text.startswith("<"): err_console().print(text, markup=False)
+        if record.funcName == "log_output_message" and text and not text.startswith("<"): err_console().print(text, markup=False, soft_wrap=True)
 
 def exit_code(
     error_name: str, # class of the exception in the notebook
@@ -88,7 +88,7 @@ def exit_code(
     "The exit code of an error, 1 where it is not one of ours."
     return getattr(getattr(errors, error_name, None), "exit_code", 1)
 
-# %% ../../nbs/operations/54_pipeline.ipynb #d36e6772
+# %% ../../nbs/operations/54_pipeline.ipynb #fc1c7fb7
 def execute(
     notebook: Path,
     out: Path, # the executed notebook
@@ -112,7 +112,7 @@ def execute(
         raise failed from None
     finally: log.removeHandler(handler)
 
-# %% ../../nbs/operations/54_pipeline.ipynb #fab77951
+# %% ../../nbs/operations/54_pipeline.ipynb #8a72fd9c
 def run_stage(
     name: str, # of a stage
     root: Path | None = None, # of the project
@@ -125,5 +125,5 @@ def run_stage(
     start, out = time.monotonic(), root / "reports/runs" / notebook.name
     err_console().print(f"[bold]{name}[/]")
     execute(notebook, out, given, root)
-    err_console().print(f"{name} done in {time.monotonic() - start:.0f} s; the executed notebook is {out.relative_to(root)}", highlight=False)
+    err_console().print(f"{name} done in {time.monotonic() - start:.0f} s; the executed notebook is {out.relative_to(root)}", soft_wrap=True)
     return out

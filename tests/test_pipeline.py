@@ -1,0 +1,123 @@
+"""The pipeline as DVC runs it, in a copy of the project with a small sample.
+
+One copy runs from nothing; each test takes a copy of that, changes one thing, and looks at what runs again."""
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT, once
+
+PRODUCTS = 250
+NEEDED = ("nbs", "rakuten_nb", "settings.ini", "params.yaml", "dvc.yaml", ".dvcignore", ".gitignore")
+STAGES = ["import", "prepare", "text", "image", "fuse", "evaluate", "predict"]
+Dvc = Callable[..., subprocess.CompletedProcess[str]]
+
+def change(project: Path, **sections: dict[str, Any]) -> None:
+    "Change sections of params.yaml."
+    params = yaml.safe_load((project / "params.yaml").read_text(encoding="utf-8"))
+    for name, section in sections.items(): params[name.strip("_")] |= section
+    (project / "params.yaml").write_text(yaml.safe_dump(params, allow_unicode=True), encoding="utf-8")
+
+@pytest.fixture(scope="session")
+def tell(env: dict[str, str]) -> Dvc:
+    "Runs a command of the project's environment in a copy of the project, whose package it uses."
+    programs = Path(sys.executable).parent
+    def run(project: Path, command: str, *args: object) -> subprocess.CompletedProcess[str]:
+        own = env | {"PYTHONPATH": str(project), "PATH": f"{programs}:{env['PATH']}", "DVC_NO_ANALYTICS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+        return subprocess.run([programs / command, *map(str, args)], cwd=project, env=own, capture_output=True, text=True, check=False)
+    return run
+
+@pytest.fixture(scope="session")
+def finished(shared: Path, bundle: Path, tell: Dvc) -> Path: # after the bundle, so that the exported backbone is in the cache
+    "A copy of the project in which the pipeline has run once; what it said is in said.txt."
+    def make(part: Path) -> None:
+        (project := part / "project").mkdir()
+        for name in NEEDED:
+            if (ROOT / name).is_file(): shutil.copy(ROOT / name, project)
+            else: shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"), symlinks=True)
+        (project / ".dvc").mkdir()
+        shutil.copy(ROOT / ".dvc/config", project / ".dvc")
+        subprocess.run(["git", "init", "--quiet", project], check=True)
+        change(project, import_={"products": PRODUCTS}, split={"folds": 2})
+        answer = tell(project, "dvc", "repro")
+        assert answer.returncode == 0, answer.stdout + answer.stderr
+        (part / "said.txt").write_text(answer.stdout + answer.stderr, encoding="utf-8")
+    return once(shared / "finished", make)
+
+@pytest.fixture
+def project(finished: Path, tmp_path: Path) -> Path:
+    "A copy of the finished project that may be changed."
+    return Path(shutil.copytree(finished / "project", tmp_path / "project", symlinks=True))
+
+def ran(said: str) -> list[str]:
+    "The stages that ran, in order."
+    return re.findall(r"Running stage '(\w+)'", said)
+
+def lines(path: Path) -> list[dict[str, str]]:
+    "The lines of a CSV file."
+    with path.open(encoding="utf-8", newline="") as f: return list(csv.DictReader(f))
+
+def test_from_nothing_every_stage_runs_once(finished: Path) -> None:
+    assert sorted(ran((finished / "said.txt").read_text(encoding="utf-8"))) == sorted(STAGES)
+
+def test_it_leaves_what_it_promises(finished: Path) -> None:
+    made = finished / "project"
+    assert len(lines(made / "data/predictions/train.csv")) == PRODUCTS
+    assert len(lines(made / "data/predictions/test.csv")) == PRODUCTS // 10
+    assert (made / "data/preprocessed/quarantine.csv").read_text(encoding="utf-8").startswith("productid,imageid,file,reason\n")
+    for which in ("gold", "out_of_fold"):
+        figures = json.loads((made / f"metrics/{which}.json").read_text(encoding="utf-8"))
+        assert 0 < figures["fused"]["weighted_f1"] <= 1
+        assert set(figures["experts"]) == {"text_linear", "image"}
+    for name in ("confusion", "coverage", "reliability"): assert (made / f"reports/plots/{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert len(list((made / "reports/runs").glob("*.ipynb"))) == len(STAGES)
+
+def test_a_second_run_runs_nothing(project: Path, tell: Dvc) -> None:
+    assert "up to date" in tell(project, "dvc", "status").stdout
+    answer = tell(project, "dvc", "repro")
+    assert answer.returncode == 0, answer.stderr
+    assert ran(answer.stdout) == []
+
+def test_a_text_parameter_runs_text_and_what_follows(project: Path, tell: Dvc) -> None:
+    change(project, text={"experts": {"text_linear": {"C": 0.3, "max_chars": 1500}}})
+    changed = json.loads(tell(project, "dvc", "status", "--json").stdout)
+    assert set(changed) == {"text"}
+    answer = tell(project, "dvc", "repro")
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert sorted(ran(answer.stdout)) == sorted(["text", "fuse", "evaluate", "predict"])
+    about = json.loads((project / "models/bundle/bundle.json").read_text(encoding="utf-8"))
+    assert about["params"]["text"]["experts"]["text_linear"]["C"] == 0.3
+
+def test_a_directory_is_imported(project: Path, hard_catalog: Path, tell: Dvc) -> None:
+    change(project, import_={"catalog": str(hard_catalog)})
+    answer = tell(project, "dvc", "repro", "--single-item", "import")
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert ran(answer.stdout) == ["import"]
+    for name in ("X_train_update.csv", "X_test_update.csv"): assert (project / "data/raw" / name).read_bytes() == (hard_catalog / name).read_bytes()
+    assert len(list((project / "data/raw").rglob("*.jpg"))) == len(list(hard_catalog.rglob("*.jpg")))
+
+REFUSED: dict[str, tuple[dict[str, dict[str, Any]], str, tuple[str, ...]]] = { # what is changed, the stage, what the line names
+    "unknown name": ({"split": {"fold": 4}}, "prepare", ("params.yaml", "split.fold", "folds")),
+    "unknown parameter of an expert": ({"text": {"experts": {"text_linear": {"c": 4}}}}, "text", ("'c'", "text_linear")),
+    "no such catalogue": ({"import_": {"catalog": "nowhere"}}, "import", ("nowhere", "X_train_update.csv")),
+    "unknown stage": ({}, "improt", ("'improt'", "import")),
+}
+
+@pytest.mark.parametrize("how", REFUSED)
+def test_a_stage_refuses_in_one_line(how: str, finished: Path, tell: Dvc, tmp_path: Path) -> None:
+    sections, stage, named = REFUSED[how]
+    project = Path(shutil.copytree(finished / "project", tmp_path / "project", symlinks=True, ignore=shutil.ignore_patterns("cache", "tmp")))
+    change(project, **sections)
+    answer = tell(project, "rakuten-nb", "stage", stage)
+    errors = [line for line in answer.stderr.splitlines() if line.startswith("error:")]
+    assert (answer.returncode, len(errors)) == (2, 1), answer.stderr
+    for word in named: assert word in errors[0]
+    assert "Traceback" not in answer.stdout + answer.stderr
