@@ -217,7 +217,9 @@ def keep(catalog: Path, labels: list[str]) -> None:
     edit(catalog / "X_train_update.csv", lambda x: x.iloc[: len(labels)])
     edit(catalog / "Y_train_CVw08PX.csv", lambda y: y.iloc[: len(labels)].assign(prdtypecode=labels))
 
-@pytest.mark.parametrize(("labels", "found"), [(["10", "40"] * 24 + ["60"], "found 49 of 3"), (["10"] * PRODUCTS, "found 60 of 1")], ids=["49 products", "one class"])
+TOO_LITTLE = {"49 products": (["10", "40"] * 24 + ["60"], "found 49 of 3"), "one class": (["10"] * PRODUCTS, "found 60 of 1")}
+
+@pytest.mark.parametrize(("labels", "found"), TOO_LITTLE.values(), ids=TOO_LITTLE)
 def test_too_little_to_learn_from_leaves_with_4(labels: list[str], found: str, catalog: Path, rakuten: Run, tmp_path: Path) -> None:
     keep(catalog, labels)
     before = content(tmp_path)
@@ -265,7 +267,8 @@ def test_a_place_that_cannot_be_written_is_refused(how: str, catalog: Path, bund
     who, prepare = PLACES[how]
     place = prepare(tmp_path)
     typed = {"predict": ["predict", bundle, catalog, "--out", place], "train": ["train", catalog, "--bundle", place],
-             "check": ["check", catalog, "--quarantine", place], "evaluate": ["evaluate", bundle, catalog, "--json", place], "sample": ["sample", place, "--products", 30, "--no-images"]}[who]
+             "check": ["check", catalog, "--quarantine", place], "evaluate": ["evaluate", bundle, catalog, "--json", place],
+             "sample": ["sample", place, "--products", 30, "--no-images"]}[who]
     before = content(tmp_path)
     refused(rakuten(*typed), str(place))
     assert content(tmp_path) == before
