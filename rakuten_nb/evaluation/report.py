@@ -24,11 +24,7 @@ from ..models.bundle import Bundle
 from ..models.training import Judgement, figures
 from ..taxonomy import CODES, PRODUCT_TYPES
 
-# %% ../../nbs/evaluation/30_report.ipynb #513a5a27
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-# %% ../../nbs/evaluation/30_report.ipynb #25da1dcd
+# %% ../../nbs/evaluation/30_report.ipynb #cdc4d214
 @dataclass
 class Evaluation:
     "A bundle's probabilities on labelled products."
@@ -43,7 +39,7 @@ class Evaluation:
         experts = {e: summary(self.y[r], p[r]) for e, (r, p) in self.experts.items() if r.any()}
         return {"fused": figures(self.y, self.fused), "experts": experts, "trained_on": int(self.known.sum())}
 
-# %% ../../nbs/evaluation/30_report.ipynb #9fec014a
+# %% ../../nbs/evaluation/30_report.ipynb #25da1dcd
 def evaluate(
     bundle: Bundle,
     catalog: Catalog,
@@ -58,7 +54,7 @@ def evaluate(
     experts = {e: (sees[e][rows], probs[e][rows]) for e in bundle.experts}
     return Evaluation(products.label[rows], fused, experts, bundle.threshold, bundle.knows(products)[rows])
 
-# %% ../../nbs/evaluation/30_report.ipynb #a6a3fa56
+# %% ../../nbs/evaluation/30_report.ipynb #a8d0ed4e
 def contract_frame(
     found: Mapping[str, Any], # of `Evaluation.contract`
 ) -> pd.DataFrame: # one row an expert, the fused answer last
@@ -66,7 +62,7 @@ def contract_frame(
     rows = found["experts"] | {"fused": found["fused"]}
     return pd.DataFrame([{"expert": e, **{k: v for k, v in m.items() if k != "weighted_f1_interval"}} for e, m in rows.items()])
 
-# %% ../../nbs/evaluation/30_report.ipynb #65614900
+# %% ../../nbs/evaluation/30_report.ipynb #fd66282b
 def class_frame(
     y: np.ndarray, # (n,) class indices
     p: np.ndarray, # (n, 27) probabilities
@@ -78,6 +74,10 @@ def class_frame(
     df = pd.DataFrame({"code": CODES, "name": [t.name_fr for t in PRODUCT_TYPES], "precision": s["precision"], "recall": s["recall"], "f1": s["f1"],
                        "products": s["support"], "taken for": taken})
     return df[df["products"] > 0].sort_values("f1", kind="stable").reset_index(drop=True)
+
+# %% ../../nbs/evaluation/30_report.ipynb #7e4f4e31
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # %% ../../nbs/evaluation/30_report.ipynb #b3a10ca0
 def new_figure(
