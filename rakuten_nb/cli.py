@@ -8,6 +8,7 @@ __all__ = ['app', 'CatalogArg', 'BundleArg', 'NEXT', 'common', 'run', 'say_quara
 
 # %% ../nbs/60_cli.ipynb #6c0f3e08
 import os
+import signal
 import sys
 import warnings
 from collections import Counter
@@ -42,6 +43,8 @@ def common(version: Annotated[bool, typer.Option("--version", callback=_version,
 def run() -> None:
     "The console script: an error of the caller's is one line and its exit code."
     warnings.filterwarnings("ignore", module="PIL") # remarks on the metadata of pictures that are decoded all the same
+    warnings.filterwarnings("ignore", "The number of unique classes", module="sklearn") # the catalogue's report says it better
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number)) # tidy up as after Ctrl-C
     try: app()
     except RakutenError as e:
         err_console().print(f"[bold red]error:[/] {_plain(str(e))}", soft_wrap=True)
@@ -60,7 +63,7 @@ def say_quarantine(
     catalog: Catalog, # as read
 ) -> None:
     "Count what was set aside, on standard error: no command uses less than it was given in silence."
-    kinds = Counter(q.reason.partition(",")[0] for q in catalog.quarantine)
+    kinds = Counter(q.reason.partition(", among")[0] for q in catalog.quarantine)
     if not kinds: return
     what = "; ".join(f"{n} × {reason}" for reason, n in kinds.most_common(6)) + ("; …" if len(kinds) > 6 else "")
     err_console().print(f"[yellow]set aside:[/] {_plain(what)} (`rakuten-nb check {_plain(str(catalog.root))} --quarantine FILE` lists them)", soft_wrap=True)

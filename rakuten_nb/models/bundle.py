@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import sklearn.feature_extraction.text  # noqa: F401 - a second that belongs to starting, not to loading a bundle
 
 from ..console import progress
 from ..data.catalog import Products, Quarantined, safe_cell

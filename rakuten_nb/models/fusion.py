@@ -51,7 +51,7 @@ def fit_pattern(
     y: np.ndarray, # (n,) class indices
     start: Pattern, # the prior's mean
     seen: list[np.ndarray] | None = None, # m arrays (n,) bool: an expert counts only where it sees; everywhere by default
-    precision: float = 5.0, # of the prior: 1 / variance
+    precision: float = 20.0, # of the prior: 1 / variance
     least: float = 0.0, # no weight is smaller
 ) -> Pattern:
     "Weights and biases of greatest posterior probability."
@@ -144,7 +144,7 @@ def fit_fusion(
     probs: Mapping[str, np.ndarray], # expert → (n, k) out-of-fold probabilities
     y: np.ndarray, # (n,) int class indices
     sees: Seen = None, # expert → (n,) bool; all seen where not given
-    precision: float = 5.0, # of the prior that holds each pattern near the shared one
+    precision: float = 20.0, # of the prior that holds each pattern near the shared one
 ) -> Fusion:
     "A pool for every set of experts, fitted on the rows that at least those see."
     experts, y = list(probs), np.asarray(y, int)
@@ -157,7 +157,8 @@ def fit_fusion(
         rows = seen[:, members].all(1)
         alone = len(members) == 1
         start = Pattern(np.ones(1), np.zeros(k)) if alone else Pattern(shared.weights[list(members)], shared.biases)
-        fitted = fit_pattern([logs[i][rows] for i in members], y[rows], start, precision=precision, least=0.05 if alone else 0.0)
+        firm = precision * (3 if alone else 1) # what an expert says alone needs the least correction and has the most to lose
+        fitted = fit_pattern([logs[i][rows] for i in members], y[rows], start, precision=firm, least=0.05 if alone else 0.0)
         out.patterns[frozenset(experts[i] for i in members)] = fitted
     return out
 
@@ -167,7 +168,7 @@ def cross_fitted(
     y: np.ndarray, # (n,) int class indices
     fold: np.ndarray, # (n,) int: the fold each row is judged in
     sees: Seen = None, # expert → (n,) bool
-    precision: float = 5.0, # see `fit_fusion`
+    precision: float = 20.0, # see `fit_fusion`
 ) -> np.ndarray: # (n, k) float64
     "Pooled probabilities of rows that the pool was not fitted on."
     out = np.zeros_like(next(iter(probs.values())), dtype=np.float64)

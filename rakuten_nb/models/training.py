@@ -46,7 +46,7 @@ class SplitParams(BaseModel):
 class FuseParams(BaseModel):
     "How experts are pooled and when a person looks."
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-    prior_precision: float = Field(5.0, gt=0)
+    prior_precision: float = Field(20.0, gt=0)
     "How firmly a pattern is held near the shared one."
     review_precision: float = Field(0.95, gt=0, lt=1)
     "Precision that is promised for what nobody reviews."
