@@ -7,6 +7,7 @@ __all__ = ['app', 'CatalogArg', 'BundleArg', 'NEXT', 'common', 'run', 'say_quara
            'predict', 'stage', 'summary']
 
 # %% ../nbs/60_cli.ipynb #6c0f3e08
+import io
 import os
 import signal
 import sys
@@ -20,7 +21,7 @@ import typer
 from . import __version__
 from .config import read_settings
 from .console import err_console, out_console, rich_table
-from .data.catalog import Catalog, read_catalog, write_quarantine
+from .data.catalog import Catalog, advice, read_catalog, write_quarantine
 from .errors import InputError, RakutenError
 
 # %% ../nbs/60_cli.ipynb #ec31499f
@@ -44,6 +45,9 @@ def run() -> None:
     "The console script: an error of the caller's is one line and its exit code."
     warnings.filterwarnings("ignore", module="PIL") # remarks on the metadata of pictures that are decoded all the same
     warnings.filterwarnings("ignore", "The number of unique classes", module="sklearn") # the catalogue's report says it better
+    warnings.showwarning = lambda message, *_: err_console().print(f"[yellow]warning:[/] {_plain(str(message))}", soft_wrap=True)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors="replace") # a terminal without accents still gets the table
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number)) # tidy up as after Ctrl-C
     try: app()
     except RakutenError as e:
@@ -114,6 +118,7 @@ def train(
     cat = read_catalog(catalog)
     say_quarantine(cat)
     made, _ = learn(cat, wanted, experts, keep_gold)
+    for line in advice(cat.train, wanted.split.folds): err_console().print(f"[yellow]worth knowing:[/] {_plain(line)}", soft_wrap=True)
     version, data, con = save_bundle(made, bundle), made.about["data"], out_console()
     for which, title in (("out_of_fold", f"Out of fold ({wanted.split.folds} folds)"), ("gold", "Gold, measured once")):
         con.print(rich_table(metrics_frame(made.about["metrics"], which), title))

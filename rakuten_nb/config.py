@@ -14,7 +14,7 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from .errors import InputError
@@ -39,7 +39,7 @@ class Settings(BaseSettings):
     "Where the rotating log files are written."
     rakuten_bundle: Path = Path("models/bundle")
     "The bundle that predictions are made with."
-    rakuten_max_pixels: int = 50_000_000
+    rakuten_max_pixels: int = Field(50_000_000, gt=0)
     "A picture with more pixels than this is refused before it is decoded."
 
     paths: ClassVar[tuple[str, ...]] = ("rakuten_data_dir", "rakuten_log_dir", "rakuten_bundle")
