@@ -48,7 +48,7 @@ def run() -> None:
     warnings.showwarning = lambda message, *_: err_console().print(f"[yellow]warning:[/] {_plain(str(message))}", soft_wrap=True)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors="replace") # a terminal without accents still gets the table
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number)) # tidy up as after Ctrl-C
+    for number in (signal.SIGTERM, signal.SIGHUP): signal.signal(number, lambda n, _: sys.exit(128 + n)) # tidy up as after Ctrl-C
     try: app()
     except RakutenError as e:
         err_console().print(f"[bold red]error:[/] {_plain(str(e))}", soft_wrap=True)
@@ -139,7 +139,10 @@ def evaluate(
     "Judge a bundle on every labelled product that an expert sees."
     from rakuten_nb.evaluation.report import class_frame, contract_frame, coverage_at, coverage_words, write_json, write_plots
     from rakuten_nb.evaluation.report import evaluate as judge
+    from rakuten_nb.files import check_writable
     from rakuten_nb.models.bundle import load_bundle
+    for place in (json, plots and plots / "confusion.png"):
+        if place: check_writable(place)
     model = load_bundle(bundle, read_settings().cache_dir)
     cat = read_catalog(catalog)
     say_quarantine(cat)
@@ -195,7 +198,9 @@ def summary(products: Annotated[int, typer.Option(min=0, help="How many classifi
     ws, con = workspace(), out_console()
     meta = verify_bundle(ws.bundle)
     con.print(rich_table(metrics_frame(meta["metrics"]), "On gold: products that no expert had learned from"))
-    con.print(rich_table(answers_frame(ws, products), "Products of the test catalogue"))
+    for split in ("test", "train"):
+        if len(answers := answers_frame(ws, products, split)): break
+    con.print(rich_table(answers, f"Products of the {split} catalogue"))
     con.print(NEXT.format(bundle=ws.bundle.relative_to(ws.root), raw=ws.raw.relative_to(ws.root), rows=meta["data"]["rows"]))
 
 NEXT = """What to do next:

@@ -22,6 +22,7 @@ def check_writable(
     path: Path, # where a result is going to lie
 ) -> None:
     "Raise `InputError` in one line if a result cannot be written there; makes the parent folders."
+    if path.exists() and not (path.is_file() or path.is_dir()): raise InputError(f"{path}: cannot be written: expected a file or a folder; it is a device")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent): pass
@@ -33,7 +34,9 @@ def atomic_file(
     path: Path, # where the file is to appear
 ) -> Iterator[Path]: # a temporary path in the same folder to write to
     "Write a file under a temporary name; it replaces `path` when the block ends well, and is removed when not."
+    path = path.resolve() # a link stays, and what it points to is written
     check_writable(path)
+    if path.is_dir(): raise InputError(f"{path}: cannot be written: expected a file; it is a folder")
     fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(fd)
     part = Path(name)

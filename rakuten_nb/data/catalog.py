@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TEXT_COLUMNS', 'LABEL_COLUMNS', 'Products', 'make_products', 'first_bad_line', 'csv_rows', 'read_table', 'check_ids',
            'read_labels', 'picture_folder', 'picture_paths', 'Quarantined', 'bad_pictures', 'Catalog', 'read_split',
-           'set_aside', 'advice', 'read_catalog', 'data_hash', 'write_split', 'write_catalog', 'catalog_tables',
-           'safe_cell', 'write_quarantine']
+           'set_aside', 'advice', 'absent_files', 'read_catalog', 'data_hash', 'write_split', 'write_catalog',
+           'catalog_tables', 'safe_cell', 'write_quarantine']
 
 # %% ../../nbs/data/10_catalog.ipynb #f399e56a
 import csv
@@ -114,6 +114,7 @@ def csv_rows(
         with path.open(encoding="utf-8-sig", newline="") as f:
             reader, n = csv.reader(f, strict=True), 0
             for row in reader:
+                if not n and len(row) == 1 and ";" in row[0]: raise InputError(f"{path.name}: expected commas between the fields; found semicolons")
                 n = n or len(row)
                 if row and len(row) != n: raise InputError(f"{path.name}: line {reader.line_num}: expected {n} fields, as in the header; found {len(row)}")
                 if row: yield row
@@ -179,7 +180,7 @@ def picture_paths(
     out = np.full(len(x), None, object)
     folder = picture_folder(root, name)
     if folder is None: return out
-    there = {e.name for e in os.scandir(folder) if e.is_file()}
+    there = {e.name for e in os.scandir(folder)} # what is no file is found out, and said, when it is read
     names = [f"image_{i}_product_{p}.jpg" for i, p in zip(x["imageid"], x["productid"], strict=True)]
     out[:] = [folder / f if f in there else None for f in names]
     return out
@@ -285,6 +286,15 @@ def advice(
     return [line for line, holds in found.items() if holds]
 
 # %% ../../nbs/data/10_catalog.ipynb #330b9c9f
+def absent_files(
+    root: Path, # of the catalogue
+) -> list[str]: # one line, or none
+    "Which parts of the layout are not there."
+    files = [f for f in ("Y_train_CVw08PX.csv", "X_test_update.csv") if not (root / f).is_file()]
+    absent = files + [f"{n}/" for n in ("image_train", "image_test") if picture_folder(root, n) is None]
+    return [f"not there: {', '.join(absent)}"] if absent else []
+
+# %% ../../nbs/data/10_catalog.ipynb #40f5b141
 def read_catalog(
     root: Path | str, # a catalogue directory
     max_pixels: int | None = None, # `Settings.rakuten_max_pixels` by default
@@ -299,9 +309,9 @@ def read_catalog(
     if not len(p): raise InputError(f"{root / 'X_train_update.csv'}: expected products; found a header and no row")
     is_test = np.arange(len(p)) >= len(splits[0])
     quarantine = set_aside(p, max_pixels or read_settings().rakuten_max_pixels)
-    return Catalog(root, p, is_test, quarantine, advice(p[~is_test]))
+    return Catalog(root, p, is_test, quarantine, absent_files(root) + advice(p[~is_test]))
 
-# %% ../../nbs/data/10_catalog.ipynb #fa8a67c1
+# %% ../../nbs/data/10_catalog.ipynb #e69c045f
 def data_hash(
     p: Products,
 ) -> str: # 64 hexadecimal digits
@@ -311,7 +321,7 @@ def data_hash(
         h.update(repr((pid, iid, title, text, "" if pic is None else picture_hash(pic), int(label))).encode("utf-8", "surrogatepass"))
     return h.hexdigest()
 
-# %% ../../nbs/data/10_catalog.ipynb #c72e8be1
+# %% ../../nbs/data/10_catalog.ipynb #235b6abd
 def write_split(
     out: Path, # an existing folder
     name: str, # train or test
@@ -329,7 +339,7 @@ def write_split(
     for pic, iid, pid in zip(p.picture, p.imageid, p.productid, strict=True):
         if pic is not None: (folder / f"image_{iid}_product_{pid}.jpg").write_bytes(picture_bytes(pic))
 
-# %% ../../nbs/data/10_catalog.ipynb #235b6abd
+# %% ../../nbs/data/10_catalog.ipynb #9d129ebe
 def write_catalog(
     out: Path, # the folder to make; its parents are made too
     train: Products,
@@ -342,7 +352,7 @@ def write_catalog(
         if test is not None: write_split(part, "test", test, len(train))
     return out
 
-# %% ../../nbs/data/10_catalog.ipynb #d4c0dd22
+# %% ../../nbs/data/10_catalog.ipynb #de939635
 def catalog_tables(
     cat: Catalog,
 ) -> dict[str, pd.DataFrame]: # title → table
@@ -360,7 +370,7 @@ def catalog_tables(
     if cat.warnings: out["Worth knowing"] = pd.DataFrame({"warning": cat.warnings})
     return out
 
-# %% ../../nbs/data/10_catalog.ipynb #de939635
+# %% ../../nbs/data/10_catalog.ipynb #7851982c
 def _markdown(self: Catalog) -> str:
     "The report in a notebook."
     return "\n\n".join(f"**{title}**\n\n{md_table(t)}" for title, t in catalog_tables(self).items())
@@ -372,7 +382,7 @@ def _rich(self: Catalog) -> Group:
 Catalog._repr_markdown_ = _markdown # type: ignore[attr-defined]
 Catalog.__rich__ = _rich # type: ignore[attr-defined]
 
-# %% ../../nbs/data/10_catalog.ipynb #522566cc
+# %% ../../nbs/data/10_catalog.ipynb #23faaacd
 def safe_cell(
     text: str, # a cell of a CSV file that people open in a spreadsheet
 ) -> str:

@@ -52,7 +52,6 @@ def fit_pattern(
     start: Pattern, # the prior's mean
     seen: list[np.ndarray] | None = None, # m arrays (n,) bool: an expert counts only where it sees; everywhere by default
     precision: float = 20.0, # of the prior: 1 / variance
-    least: float = 0.0, # no weight is smaller
 ) -> Pattern:
     "Weights and biases of greatest posterior probability."
     m, rows = len(logs), np.arange(len(y))
@@ -65,8 +64,8 @@ def fit_pattern(
         p[rows, y] -= 1
         return nll, np.r_[[(p * z).sum() for z in logs], p.sum(0)] + precision * (theta - mean)
 
-    bounds = [(least, None)] * m + [(None, None)] * len(start.biases)
-    theta = minimize(loss, np.maximum(mean, [least] * m + [-np.inf] * len(start.biases)), jac=True, method="L-BFGS-B", bounds=bounds).x
+    bounds = [(0.0, None)] * m + [(None, None)] * len(start.biases)
+    theta = minimize(loss, mean, jac=True, method="L-BFGS-B", bounds=bounds).x
     return Pattern(theta[:m], theta[m:])
 
 # %% ../../nbs/models/24_fusion.ipynb #b0eea104
@@ -97,7 +96,8 @@ def seen_matrix(
     experts: list[str], # the columns
 ) -> np.ndarray: # (n, len(experts)) bool
     "Who sees which row; an expert that gave no probabilities sees nothing."
-    n = len(next(iter(probs.values())))
+    n, sizes = len(next(iter(probs.values()))), {e: len(v) for e, v in [*probs.items(), *(sees or {}).items()]}
+    if set(sizes.values()) != {n}: raise InputError(f"fusion: expected {n} rows from every expert; found {sizes}")
     column = lambda e: np.zeros(n, bool) if e not in probs else np.asarray((sees or {}).get(e, np.ones(n, bool)), bool)
     return np.stack([column(e) for e in experts], axis=1)
 
@@ -124,7 +124,7 @@ class Fusion:
         "The pooled probabilities."
         out = np.full((len(next(iter(probs.values()), [])), self.n_classes), 1 / self.n_classes)
         for experts, rows in self.rows_by_pattern(probs, sees):
-            if experts: out[rows] = softmax(self.patterns[frozenset(experts)].logits([log_probs(probs[e][rows]) for e in experts]))
+            if experts: out[rows] = softmax(self.patterns[frozenset(experts)].logits([log_probs(np.asarray(probs[e])[rows]) for e in experts]))
         return out
 
 # %% ../../nbs/models/24_fusion.ipynb #0cc8023b
@@ -136,7 +136,8 @@ def shared_pattern(
 ) -> Pattern: # weights of all experts
     "One set of weights and biases for all rows, each expert counting where it sees."
     m, k = len(logs), logs[0].shape[1]
-    start = Pattern(np.full(m, 1 / max(seen.sum(1).mean(), 1)), np.zeros(k))
+    start = Pattern(np.full(m, len(seen) / max(seen.sum(), 1)), np.zeros(k)) # so that the weights of a row's experts sum to about 1
+    if not len(y): return Pattern(np.full(m, 1 / m), np.zeros(k))
     return fit_pattern(logs, y, start, list(seen.T), precision)
 
 # %% ../../nbs/models/24_fusion.ipynb #8025e184
@@ -147,22 +148,23 @@ def fit_fusion(
     precision: float = 20.0, # of the prior that holds each pattern near the shared one
 ) -> Fusion:
     "A pool for every set of experts, fitted on the rows that at least those see."
+    if not probs: raise InputError("fusion: expected probabilities of at least one expert; found none")
     experts, y = list(probs), np.asarray(y, int)
     seen, logs = seen_matrix(probs, sees, experts), [log_probs(probs[e]) for e in experts]
     if len(y) != len(seen): raise InputError(f"fusion: expected {len(seen)} labels, one a row of probabilities; found {len(y)}")
+    if len(y) and not 0 <= y.min() <= y.max() < logs[0].shape[1]:
+        raise InputError(f"fusion: expected class indices from 0 to {logs[0].shape[1] - 1}; found {y.min()} to {y.max()}")
     k, somebody = logs[0].shape[1], seen.any(1)
     shared = shared_pattern([z[somebody] for z in logs], seen[somebody], y[somebody], precision)
     out = Fusion(experts, k)
     for members in (c for size in range(1, len(experts) + 1) for c in combinations(range(len(experts)), size)):
         rows = seen[:, members].all(1)
-        alone = len(members) == 1
-        start = Pattern(np.ones(1), np.zeros(k)) if alone else Pattern(shared.weights[list(members)], shared.biases)
-        firm = precision * (3 if alone else 1) # what an expert says alone needs the least correction and has the most to lose
-        fitted = fit_pattern([logs[i][rows] for i in members], y[rows], start, precision=firm, least=0.05 if alone else 0.0)
+        if len(members) == 1: fitted = Pattern(np.array([fit_temperature(np.exp(logs[members[0]][rows]), y[rows])]), np.zeros(k))
+        else: fitted = fit_pattern([logs[i][rows] for i in members], y[rows], Pattern(shared.weights[list(members)], shared.biases), precision=precision)
         out.patterns[frozenset(experts[i] for i in members)] = fitted
     return out
 
-# %% ../../nbs/models/24_fusion.ipynb #0c0a1479
+# %% ../../nbs/models/24_fusion.ipynb #34efcc7f
 def cross_fitted(
     probs: Mapping[str, np.ndarray], # expert → (n, k) out-of-fold probabilities
     y: np.ndarray, # (n,) int class indices
@@ -179,7 +181,7 @@ def cross_fitted(
         out[judge] = fit_fusion(part(probs, fit), y[fit], part(sees, fit), precision).predict_proba(part(probs, judge), part(sees, judge))
     return out
 
-# %% ../../nbs/models/24_fusion.ipynb #69d22c90
+# %% ../../nbs/models/24_fusion.ipynb #1b31abf6
 def expert_shares(
     fusion: Fusion,
     probs: Mapping[str, np.ndarray], # expert → (n, k)
@@ -195,7 +197,7 @@ def expert_shares(
     total = out.sum(1, keepdims=True)
     return np.divide(out, total, out=np.zeros_like(out), where=total > 0)
 
-# %% ../../nbs/models/24_fusion.ipynb #b222cebb
+# %% ../../nbs/models/24_fusion.ipynb #f374ba79
 def fusion_state(
     fusion: Fusion,
 ) -> dict[str, Any]: # JSON

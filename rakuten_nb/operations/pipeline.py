@@ -10,6 +10,7 @@ __all__ = ['SECTIONS', 'stage_notebooks', 'stage_notebook', 'declared_parameters
 import logging
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ def stage_notebook(
 ) -> Path:
     "The notebook of a stage; raises `InputError` on a stage that does not exist."
     found = stage_notebooks(root)
-    if name not in found: raise InputError(f"stage {name!r} is not known; expected {', '.join(found) or 'notebooks in nbs/stages'}")
+    if not found: raise InputError(f"{root}: expected stage notebooks in nbs/stages; found none: run this inside the project")
+    if name not in found: raise InputError(f"stage {name!r} is not known; expected {', '.join(found)}")
     return found[name]
 
 # %% ../../nbs/operations/54_pipeline.ipynb #8ae910ee
@@ -64,9 +66,12 @@ def stage_parameters(
     name: str, # of a stage
     notebook: Path, # its notebook
     params: dict[str, Any], # the whole of params.yaml
+    stages: Iterable[str] = (), # all there are: each may have a section
 ) -> dict[str, Any]: # what is injected
     "The stage's parameters; raises `InputError` where params.yaml and the notebook do not name the same ones."
     section, known = SECTIONS.get(name, name), declared_parameters(notebook)
+    sections = {"seed", section, *(SECTIONS.get(s, s) for s in stages)}
+    if strange := [s for s in params if s not in sections]: raise InputError(f"params.yaml: {strange[0]} is not known; expected {', '.join(sorted(sections))}")
     given = params.get(section) or {}
     if not isinstance(given, dict): raise InputError(f"params.yaml: {section}: expected names and values; found {type(given).__name__}")
     if unknown := sorted(set(given) - known):
@@ -121,7 +126,7 @@ def run_stage(
     "Run one stage of the pipeline, as DVC calls it."
     root = root or project_root()
     notebook = stage_notebook(root, name)
-    given = stage_parameters(name, notebook, read_sections(params or root / "params.yaml"))
+    given = stage_parameters(name, notebook, read_sections(params or root / "params.yaml"), stage_notebooks(root))
     start, out = time.monotonic(), root / "reports/runs" / notebook.name
     err_console().print(f"[bold]{name}[/]")
     execute(notebook, out, given, root)
