@@ -36,7 +36,7 @@ def stage_notebook(
 ) -> Path:
     "The notebook of a stage; raises `InputError` on a stage that does not exist."
     found = stage_notebooks(root)
-    if not found: raise InputError(f"{root}: expected stage notebooks in nbs/stages; found none: run this inside the project")
+    if not found: raise InputError("nbs/stages: expected the stage notebooks; found none: run this inside the project")
     if name not in found: raise InputError(f"stage {name!r} is not known; expected {', '.join(found)}")
     return found[name]
 
