@@ -17,6 +17,13 @@ UPGRADE ?=
 PYTEST := $(BIN)/python -m pytest
 # pytest leaves with 5 when no test carries the mark, which is no failure.
 OR_NONE := || [ $$? -eq 5 ]
+PORT ?= 8000
+# Images: which engine (docker, podman or buildah; else the first that answers), over which Python image, with which further
+# flags of its `build`; `make up PROFILE=full` starts PostgreSQL and Redis too.
+CONTAINER ?=
+BASE_IMAGE ?=
+BUILD_FLAGS ?=
+PROFILE ?=
 
 # Commands of .venv call one another by name: DVC calls rakuten-nb, git calls nbdev_merge.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -41,9 +48,63 @@ demo: .venv/.installed ## from nothing to predictions on the synthetic sample, a
 	@$(BIN)/dvc repro
 	@$(BIN)/python -m rakuten_nb.cli summary
 
+.PHONY: serve
+serve: .venv/.installed ## the API on 127.0.0.1:8000 (PORT=…), with the model in models/bundle; writes a SECRET_KEY into .env if there is none
+	@$(BIN)/rakuten-nb serve --make-secret --port $(PORT)
+
 .PHONY: lab
 lab: .venv/.installed ## the notebooks in JupyterLab; a saved notebook is cleaned at once
 	@$(BIN)/jupyter lab --ServerApp.root_dir=. --ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter nbs
+
+# --- run it in containers
+
+# Leaves the engine in $engine: a docker command without a daemon behind it is none.
+find_engine = engine="$(CONTAINER)"; \
+  if [ -z "$$engine" ]; then \
+    if docker info >/dev/null 2>&1; then engine=docker; \
+    else for known in podman buildah; do if [ -z "$$engine" ] && command -v $$known >/dev/null; then engine=$$known; fi; done; fi; \
+  fi; \
+  command -v "$$engine" >/dev/null || { echo "make $@: no container engine: start Docker, or install podman or buildah" >&2; exit 1; }
+
+# Without --format docker, Podman and Buildah drop the health check.
+build_image = $(find_engine); \
+  case $$engine in *docker) set --;; *) set -- --format docker --layers;; esac; \
+  "$$engine" build "$$@" --file deploy/docker/Dockerfile --target $(1) --tag rakuten-nb-$(1):local \
+    $(if $(BASE_IMAGE),--build-arg PYTHON_IMAGE="$(BASE_IMAGE)") --build-arg VERSION="$$(sed -n 's/^version *= *//p' settings.ini)" \
+    --build-arg REVISION="$$(git rev-parse HEAD 2>/dev/null || echo unknown)" $(BUILD_FLAGS) .
+
+# Leaves the command for compose.yaml in $compose.
+find_compose = $(find_engine); \
+  if [ "$$engine" = docker ]; then compose="docker compose"; \
+  elif command -v podman-compose >/dev/null; then compose=podman-compose; \
+  else compose="podman compose"; fi; \
+  $$compose version >/dev/null 2>&1 || { echo "make $@: '$$compose' is missing: install Docker's compose plugin or podman-compose" >&2; exit 1; }
+
+# A setting that must have a value, in .env or in the environment.
+is_set = { [ -n "$${$(1):-}" ] || grep -Eqs '^(export )?$(1)=.' .env; }
+
+.PHONY: image-serve
+image-serve: ## the image that serves; CONTAINER=podman, BASE_IMAGE=… and BUILD_FLAGS=… are passed on
+	@$(call build_image,serve)
+
+.PHONY: image-train
+image-train: ## the image that trains and runs the pipeline; the same variables
+	@$(call build_image,train)
+
+.PHONY: up
+up: ## the API in a container on 127.0.0.1:8000; PROFILE=full puts it on PostgreSQL and Redis
+	@$(call is_set,SECRET_KEY) || { echo "make up: no SECRET_KEY in .env: \`make serve\` writes one there" >&2; exit 1; }
+	@[ -z "$(filter full,$(PROFILE))" ] || { $(call is_set,POSTGRES_PASSWORD) && $(call is_set,REDIS_PASSWORD); } || \
+	  { echo "make up: PROFILE=full needs POSTGRES_PASSWORD and REDIS_PASSWORD in .env" >&2; exit 1; }
+	@[ -f models/bundle/bundle.json ] || { echo "make up: no model in models/bundle: \`make demo\` makes one" >&2; exit 1; }
+	@$(find_compose)
+	@$(call build_image,serve)
+	@$(find_compose); $$compose $(addprefix --profile ,$(PROFILE)) up -d --no-build && \
+	  echo "soon on http://127.0.0.1:$${RAKUTEN_PORT:-8000}; /ready says when"
+
+.PHONY: down
+down: ## stop the containers; the volumes with users, predictions and database stay
+	@$(find_compose); SECRET_KEY=unused $$compose --profile full --profile train down
 
 # --- judge it
 
@@ -63,11 +124,12 @@ test-all: test test-services .venv/.installed ## the same and the heavy tests
 	@$(PYTEST) -m heavy $(OR_NONE)
 
 .PHONY: lint
-lint: .venv/.installed ## ruff over the Python files and the order of imports in the notebooks, mypy over the package, the workflow's schema
+lint: .venv/.installed ## ruff over the Python files and the order of imports in the notebooks, mypy over the package, the schemas of workflows and compose.yaml
 	@$(BIN)/ruff check rakuten_nb tests tools setup.py
 	@$(BIN)/ruff check --select I nbs
 	@$(BIN)/mypy
 	@$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	@$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec compose.yaml
 
 # --- write it
 

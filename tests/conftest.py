@@ -9,16 +9,26 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from api_process import ApiProcess
+    from servers import Postgres, RedisServer
 
 ROOT = Path(__file__).resolve().parents[1]
 SLOWER = ("services", "heavy")
 LACKS = "needs the Debian package "
 
+def find_program(name: str) -> str | None:
+    "Where a program is: on PATH, or where Debian keeps those of PostgreSQL, the newest first."
+    folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda p: float(p.parent.name), reverse=True)
+    return shutil.which(name) or next((found for folder in folders if (found := shutil.which(name, path=str(folder)))), None)
+
 def needs(command: str, package: str | None = None) -> pytest.MarkDecorator:
     "Skips the test where `command` is not installed, naming the Debian package that brings it."
-    return pytest.mark.skipif(shutil.which(command) is None, reason=f"{LACKS}{package or command}")
+    return pytest.mark.skipif(find_program(command) is None, reason=f"{LACKS}{package or command}")
 
 @pytest.fixture(scope="session")
 def root() -> Path:
@@ -122,3 +132,48 @@ def trained(shared: Path, sample_catalog: Path, hard_catalog: Path, python: Run)
 def bundle(trained: Path) -> Path:
     "A bundle of both experts, trained on the sample of 400."
     return trained / "bundle"
+
+# --- the API
+
+@pytest.fixture(scope="session")
+def api(shared: Path, env: dict[str, str], bundle: Path, worker_id: str) -> Iterator["ApiProcess"]:
+    "A running API with a user, a reviewer and an admin; one for each worker of this run."
+    from api_process import USERS, ApiProcess
+    with ApiProcess(env, shared / f"api-{worker_id}", bundle) as running:
+        running.add_users(**USERS)
+        yield running
+
+@pytest.fixture
+def own_api(tmp_path: Path, env: dict[str, str], bundle: Path) -> Iterator["ApiProcess"]:
+    "An API that a test may do anything to, with a bundle of its own in `home/bundle`; not started yet."
+    from api_process import ApiProcess
+    own = ApiProcess(env, tmp_path / "api", Path(shutil.copytree(bundle, tmp_path / "api/bundle")))
+    yield own
+    own.__exit__()
+
+# --- the servers that it may have beside it: mark the test `services` and `needs_postgres` or `needs_redis`
+
+needs_postgres, needs_redis = needs("postgres", "postgresql"), needs("redis-server")
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator["Postgres"]:
+    "A running PostgreSQL; whoever stops it starts it again."
+    from servers import Postgres
+    with Postgres() as running: yield running
+
+@pytest.fixture
+def postgres(postgres_server: "Postgres") -> str:
+    "The URL of an empty database."
+    return postgres_server.new_database()
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator["RedisServer"]:
+    "A running Redis; whoever stops it starts it again."
+    from servers import RedisServer
+    with RedisServer() as running: yield running
+
+@pytest.fixture
+def redis(redis_server: "RedisServer") -> str:
+    "The URL of an empty Redis."
+    with redis_server.client() as c: c.flushall()
+    return redis_server.url

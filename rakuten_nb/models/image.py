@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WHITE', 'View', 'ENLARGED', 'BICUBIC', 'VIEWS', 'PREPARATION', 'KEEP_EVERY', 'trim_white', 'centre', 'network_input',
-           'worker_pool', 'onnx_session', 'Embedder', 'pack_vector', 'unpack_vector', 'open_cache', 'move_damaged',
-           'read_vectors', 'write_vectors', 'EmbeddingCache', 'embed_new', 'embed_pictures', 'fit_softmax',
-           'softmax_rows', 'SoftmaxHead', 'fit_head', 'ImageExpert']
+           'worker_map', 'processors', 'onnx_session', 'Embedder', 'pack_vector', 'unpack_vector', 'open_cache',
+           'move_damaged', 'read_vectors', 'write_vectors', 'EmbeddingCache', 'embed_new', 'embed_pictures',
+           'fit_softmax', 'softmax_rows', 'SoftmaxHead', 'fit_head', 'ImageExpert']
 
 # %% ../../nbs/models/23_image.ipynb #4d332ec7
 import hashlib
@@ -75,26 +75,35 @@ def network_input(
 
 # %% ../../nbs/models/23_image.ipynb #23954309
 @contextmanager
-def worker_pool(
-    workers: int, # threads
-) -> Iterator[ThreadPoolExecutor]:
-    "Threads that drop what they have not begun when the block is left, so that an interrupt is quick."
+def worker_map(
+    workers: int, # threads; with fewer than two the caller's own thread, where a single picture is three milliseconds quicker
+) -> Iterator[Callable[..., Iterator[Any]]]: # a `map`
+    "A map over threads that drop what they have not begun when the block is left, so that an interrupt is quick."
+    if workers < 2:
+        yield map
+        return
     pool = ThreadPoolExecutor(workers)
-    try: yield pool
+    try: yield pool.map
     finally: pool.shutdown(cancel_futures=True)
 
-# %% ../../nbs/models/23_image.ipynb #213c9eb7
+# %% ../../nbs/models/23_image.ipynb #bb8f8a0c
+def processors() -> int:
+    "How many processors this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
 def onnx_session(
     graph: bytes, # ONNX file
+    threads: int | None = None, # that share one run; up to four of the processors by default
 ) -> Any: # onnxruntime.InferenceSession
-    "A graph ready to run, each run on the one thread that calls it."
+    "A graph ready to run."
     os.environ["ORT_DISABLE_TELEMETRY"] = "1" # read when the library is imported
     import onnxruntime
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.inter_op_num_threads, options.intra_op_num_threads = 1, threads or min(processors(), 4)
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
-# %% ../../nbs/models/23_image.ipynb #a206bf95
+# %% ../../nbs/models/23_image.ipynb #ef10b6ff
 PREPARATION = 1 # raised whenever a view or the decoder gives other pixels
 
 class Embedder:
@@ -104,7 +113,7 @@ class Embedder:
         view: str = "trimmed", # a key of `VIEWS`
         workers: int | None = None, # threads; as many as processors by default
     ):
-        self.graph, self.view, self.workers = graph, view, workers or os.cpu_count() or 1
+        self.graph, self.view, self.workers = graph, view, workers or processors()
         self.key = f"{hashlib.sha256(graph).hexdigest()}-{view}-{PREPARATION}" # what a vector depends on beside its picture
 
     @cached_property
@@ -122,7 +131,7 @@ class Embedder:
         side = int(self.session.get_inputs()[0].shape[1])
         return np.asarray(self.session.run(None, {"picture": network_input(raw, side, self.view)})[0][0])
 
-# %% ../../nbs/models/23_image.ipynb #507273b6
+# %% ../../nbs/models/23_image.ipynb #6a0dcb2c
 def pack_vector(
     vector: np.ndarray, # (d,) float32
 ) -> bytes: # 4 d + 4
@@ -137,7 +146,7 @@ def unpack_vector(
     raw, check = packed[:-4], packed[-4:]
     return np.frombuffer(raw, "<f4") if zlib.crc32(raw).to_bytes(4, "little") == check else None
 
-# %% ../../nbs/models/23_image.ipynb #11ce9716
+# %% ../../nbs/models/23_image.ipynb #f46d5e37
 def open_cache(
     path: Path, # of the SQLite file
 ) -> sqlite3.Connection: # its table is there
@@ -154,7 +163,7 @@ def open_cache(
         raise
     return db
 
-# %% ../../nbs/models/23_image.ipynb #f46d5e37
+# %% ../../nbs/models/23_image.ipynb #39403ea7
 def move_damaged(
     path: Path, # a damaged cache
 ) -> Path: # where it lies now
@@ -164,7 +173,7 @@ def move_damaged(
     for suffix in ("-wal", "-shm"): path.with_name(path.name + suffix).unlink(missing_ok=True)
     return aside
 
-# %% ../../nbs/models/23_image.ipynb #39403ea7
+# %% ../../nbs/models/23_image.ipynb #7a3110f3
 def read_vectors(
     db: sqlite3.Connection, # from `open_cache`
     key: str, # `Embedder.key`
@@ -175,7 +184,7 @@ def read_vectors(
     rows = [(h, row[0]) for h in hashes if (row := db.execute(ask, (key, h)).fetchone())]
     return {h: vector for h, packed in rows if (vector := unpack_vector(packed)) is not None}
 
-# %% ../../nbs/models/23_image.ipynb #7a3110f3
+# %% ../../nbs/models/23_image.ipynb #fdecb7cb
 def write_vectors(
     db: sqlite3.Connection, # from `open_cache`
     key: str, # `Embedder.key`
@@ -185,7 +194,7 @@ def write_vectors(
     rows = [(key, h, pack_vector(vector)) for h, vector in vectors.items()]
     with db: db.executemany("INSERT OR REPLACE INTO embeddings VALUES (?, ?, ?)", rows)
 
-# %% ../../nbs/models/23_image.ipynb #261fb4d3
+# %% ../../nbs/models/23_image.ipynb #6c6bf9b0
 class EmbeddingCache:
     "Embeddings by graph and picture content, in `embeddings.sqlite`; without a folder, or with a broken one, it holds nothing."
     def __init__(self,
@@ -223,13 +232,13 @@ class EmbeddingCache:
         if self.db is not None: self.db.close()
         self.db = None
 
-# %% ../../nbs/models/23_image.ipynb #d04b8b90
+# %% ../../nbs/models/23_image.ipynb #e58633ec
 def _or_none(work: Callable[[Source], Any], source: Source | None) -> Any:
     "What some work makes of a picture; none where there is no picture or none that can be read."
     try: return None if source is None else work(source)
     except PictureError: return None
 
-# %% ../../nbs/models/23_image.ipynb #e58633ec
+# %% ../../nbs/models/23_image.ipynb #7fbfc92c
 KEEP_EVERY = 64 # pictures between two commits of the cache; fewer new ones need no progress bar
 
 def embed_new(
@@ -241,8 +250,8 @@ def embed_new(
     "Compute embeddings in parallel and keep them in the cache as they come."
     made: dict[str, np.ndarray] = {}
     waiting: dict[str, np.ndarray] = {}
-    with worker_pool(embedder.workers) as pool:
-        vectors = pool.map(lambda s: _or_none(lambda source: embedder.vector(picture_bytes(source)), s), sources)
+    with worker_map(min(embedder.workers, len(sources))) as mapped:
+        vectors = mapped(lambda s: _or_none(lambda source: embedder.vector(picture_bytes(source)), s), sources)
         shown = progress(vectors, len(sources), "embedding pictures") if len(sources) > KEEP_EVERY else vectors
         try:
             for name, vector in zip(hashes, shown, strict=True):
@@ -255,15 +264,15 @@ def embed_new(
             if waiting: cache.put(waiting)
     return made
 
-# %% ../../nbs/models/23_image.ipynb #7fbfc92c
+# %% ../../nbs/models/23_image.ipynb #86a25699
 def embed_pictures(
     embedder: Embedder,
     sources: Sequence[Source | None], # n pictures; None where there is none
     cache_dir: Path | None = None, # where embeddings are kept; None to keep none
 ) -> np.ndarray: # (n, d) float32, NaN in the rows without a readable picture
     "The features of many pictures, each content computed once and remembered."
-    with worker_pool(embedder.workers) as pool:
-        hashes = list(pool.map(lambda s: _or_none(picture_hash, s), sources))
+    with worker_map(min(embedder.workers, len(sources))) as mapped:
+        hashes = list(mapped(lambda s: _or_none(picture_hash, s), sources))
     first = {h: i for i, h in reversed(list(enumerate(hashes))) if h is not None}
     cache = EmbeddingCache(cache_dir, embedder.key)
     found = cache.get(first)
@@ -273,7 +282,7 @@ def embed_pictures(
     nothing = np.full(embedder.width, np.nan, np.float32)
     return np.stack([found.get(h, nothing) for h in hashes]) if hashes else np.empty((0, embedder.width), np.float32)
 
-# %% ../../nbs/models/23_image.ipynb #7e7e6f79
+# %% ../../nbs/models/23_image.ipynb #be216deb
 def fit_softmax(
     x: np.ndarray, # (n, d)
     y: np.ndarray, # (n,) class indices, any of the 27
@@ -289,7 +298,7 @@ def fit_softmax(
     if len(classes) == 2: w, b = np.hstack([0 * w, w]), np.array([0.0, b[0]])
     return w.astype(np.float32), b.astype(np.float32), classes
 
-# %% ../../nbs/models/23_image.ipynb #be216deb
+# %% ../../nbs/models/23_image.ipynb #80c1abd5
 def softmax_rows(
     x: np.ndarray, # (n, d)
     w: np.ndarray, # (d, m)
@@ -301,7 +310,7 @@ def softmax_rows(
     e = np.exp(logits - logits.max(1, keepdims=True, initial=-np.inf))
     return e / e.sum(1, keepdims=True)
 
-# %% ../../nbs/models/23_image.ipynb #ff5f9ac3
+# %% ../../nbs/models/23_image.ipynb #38275dcd
 @dataclass
 class SoftmaxHead:
     "A softmax over the classes that occurred in training."
@@ -317,7 +326,7 @@ class SoftmaxHead:
         out[known] = all_classes(softmax_rows(features[known], self.w, self.b), self.classes, self.n_train)
         return out
 
-# %% ../../nbs/models/23_image.ipynb #38275dcd
+# %% ../../nbs/models/23_image.ipynb #10f80b77
 def fit_head(
     features: np.ndarray, # (n, d) float32; rows of NaN are left out
     y: np.ndarray, # (n,) class indices; rows of -1 are left out
@@ -334,7 +343,7 @@ def fit_head(
     w = w / std[:, None]
     return SoftmaxHead(w.astype(np.float32), (b - mean @ w).astype(np.float32), classes, len(x))
 
-# %% ../../nbs/models/23_image.ipynb #09d29c3a
+# %% ../../nbs/models/23_image.ipynb #87b67096
 class ImageExpert(Expert):
     "Product types from pictures: a frozen backbone and a softmax head."
     name: ClassVar[str] = "image"
