@@ -245,7 +245,7 @@ def serve(
     import uvicorn
     uvicorn.run("rakuten_nb.serving.api:app", host=host, port=port, access_log=False, server_header=False, timeout_graceful_shutdown=30)
 
-# %% ../nbs/60_cli.ipynb #cf132c02
+# %% ../nbs/60_cli.ipynb #819e447a
 users = typer.Typer(no_args_is_help=True, help="Who may use the API.")
 app.add_typer(users, name="users")
 PasswordStdin = Annotated[bool, typer.Option("--password-stdin", help="Read the password from standard input instead of asking for it.")]
@@ -266,7 +266,7 @@ def _password(from_stdin: bool) -> str:
     if 0 < len(password) < 12: err_console().print("[yellow]worth knowing:[/] fewer than 12 characters are quickly guessed", soft_wrap=True)
     return password
 
-# %% ../nbs/60_cli.ipynb #819e447a
+# %% ../nbs/60_cli.ipynb #f990f651
 @users.command("add")
 def users_add(
     name: Annotated[str, typer.Argument(metavar="NAME", show_default=False)],
@@ -293,7 +293,7 @@ def users_list() -> None:
     rows = [{"name": u.name, "role": u.role, "may log in": "no, disabled" if u.disabled else "yes", "since": f"{u.created:%Y-%m-%d %H:%M} UTC"} for u in found]
     out_console().print(rich_table(pd.DataFrame(rows)) if rows else "nobody yet; `rakuten-nb users add NAME` makes a user")
 
-# %% ../nbs/60_cli.ipynb #f990f651
+# %% ../nbs/60_cli.ipynb #2c1616e4
 @users.command("disable")
 def users_disable(name: Annotated[str, typer.Argument(metavar="NAME", show_default=False)]) -> None:
     "End a user's access; tokens given out before end within 15 seconds."
@@ -318,7 +318,7 @@ def users_password(name: Annotated[str, typer.Argument(metavar="NAME", show_defa
         change_user(store, name, password_hash=hash_password(_password(password_stdin)))
     out_console().print(f"{name}: has another password")
 
-# %% ../nbs/60_cli.ipynb #23475a21
+# %% ../nbs/60_cli.ipynb #e31c1341
 @app.command()
 def bench(
     bundle: Annotated[Path | None, typer.Option(metavar="DIR", help="Bundle to measure; the setting RAKUTEN_BUNDLE without it.", show_default=False)] = None,
@@ -338,5 +338,5 @@ def bench(
               f"{found.crowd_per_second:.0f} answers a second for eight clients")
     if json: write_json(json, found.to_json())
 
-# %% ../nbs/60_cli.ipynb #629df964
+# %% ../nbs/60_cli.ipynb #d4edf789
 if __name__ == "__main__" and "__file__" in globals(): run() # in a notebook there is no file

@@ -3,6 +3,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -199,6 +200,8 @@ def until_away(pair: Pair, away: Any) -> None:
     "Who is known is served for some seconds, then told to wait; nothing hangs or breaks, and what was predicted is written afterwards."
     known, name, ids = [pair.newcomer("admin") for _ in range(4)], pair.user(), []
     for header in known: assert statuses(pair.ask(header, 2)) == [200, 200], "each process knows them"
+    with ThreadPoolExecutor(12) as crowd: # so that each has idle connections, which it will take for good ones
+        for one in pair.both: assert {a.status_code for a in crowd.map(lambda _, one=one: one.client.get("/model", headers=known[0]), range(60))} == {200}
     def timely(method: str, one: ApiProcess, path: str, **options: Any) -> httpx.Response:
         began = time.monotonic()
         answer = one.client.request(method, path, **options)

@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
@@ -248,6 +248,13 @@ def test_many_that_write_at_once_lose_nothing(database: Database, store: Store) 
     found = everything(store)
     assert len(found) == 360 and {r["request_id"] for r in found} == expected and len({r["id"] for r in found}) == 360
     other.close()
+
+def test_a_store_with_no_connection_left_says_so(store: Store) -> None:
+    began = time.monotonic()
+    with ExitStack() as held, pytest.raises(StoreAway) as e:
+        for _ in range(200): held.enter_context(store.reading())
+    assert time.monotonic() - began < 10 and one_line(e.value)
+    assert list_users(store) == [], "and has some again afterwards"
 
 # --- which model is wanted
 

@@ -129,7 +129,7 @@ LOGIN_SCHEMA = {"type": "object", "additionalProperties": False, "required": ["u
     "scope": _text | {"description": "Between spaces; all of the role's without it", "examples": ["predict"]}}}
 
 # %% ../../nbs/serving/43_api.ipynb #f99cbe36
-def service_of(request: Request) -> Service:
+async def service_of(request: Request) -> Service: # async, for else it would be called in a thread
     "The running service."
     service: Service = request.app.state.service
     return service

@@ -75,7 +75,7 @@ def check_password(
     except ValueError: return False # longer than bcrypt reads: nobody has such a password
 
 # %% ../../nbs/serving/40_security.ipynb #8cc9ceef
-MIN_KEY = 32 # bytes: as many as SHA-256 gives (RFC 7518, 3.2)
+MIN_KEY = {"HS256": 32, "HS384": 48, "HS512": 64} # bytes: as many as the hash gives (RFC 7518, 3.2)
 
 class TokenError(RakutenError):
     "A token that proves nothing; the message says why."
@@ -90,12 +90,13 @@ class Token:
 
 def signing_key(
     settings: Settings,
-) -> str: # 32 bytes at least
+) -> str: # long enough for the algorithm
     "The key that signs tokens; raises `InputError` saying how to make one."
+    least = MIN_KEY[settings.algorithm]
     key = settings.secret_key.get_secret_value() if settings.secret_key else ""
-    if len(key.encode()) >= MIN_KEY: return key
+    if len(key.encode()) >= least: return key
     found = "it is not set" if not key else f"found {len(key.encode())} bytes"
-    raise InputError(f"SECRET_KEY: expected {MIN_KEY} random bytes or more in the environment or .env; {found}. "
+    raise InputError(f"SECRET_KEY: expected {least} random bytes or more in the environment or .env; {found}. "
                      "Make one: python -c 'import secrets; print(secrets.token_urlsafe(48))' (`make serve` does it for you)")
 
 # %% ../../nbs/serving/40_security.ipynb #b35f5732
