@@ -48,7 +48,7 @@ class Server(ABC):
         env = {"PATH": os.environ["PATH"], "LC_ALL": "C", "HOME": str(self.home)}
         with (self.home / "terminal.log").open("ab") as terminal:
             return subprocess.Popen([find_program(command[0]) or command[0], *command[1:]], stdin=subprocess.DEVNULL, stdout=terminal, stderr=terminal,
-                                    cwd=self.home, env=env, **as_owner) # type: ignore[call-overload, no-any-return]
+                                    cwd=self.home, env=env, **as_owner) # type: ignore[call-overload]
 
     def start(self) -> Self:
         "Start it and wait until it answers."
@@ -110,7 +110,7 @@ class Postgres(Server):
         "The URL of an empty database."
         self.databases += 1
         name = f"test_{self.databases}"
-        with self.connect() as c: c.execute(f"CREATE DATABASE {name}") # type: ignore[call-overload]
+        with self.connect() as c: c.execute(f"CREATE DATABASE {name}")
         return self.url(name)
 
     def command(self) -> list[str]:

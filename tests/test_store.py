@@ -121,7 +121,8 @@ def test_processes_that_make_it_at_once_all_come_up(database: Database, env: dic
 
 def test_threads_that_make_it_at_once_all_come_up(database: Database) -> None:
     for _ in range(5):
-        url, opened, start = database.another(), [], threading.Barrier(8)
+        url, start = database.another(), threading.Barrier(8)
+        opened: list[Store] = []
         def make(url: str = url, opened: list[Store] = opened, start: threading.Barrier = start) -> None:
             start.wait()
             opened.append(open_store(url))
@@ -358,9 +359,9 @@ def test_the_journal_tells_what_it_had_to_lose(database: Database, store: Store)
 
 def test_what_no_database_takes_does_not_hold_up_the_journal(store: Store) -> None:
     lost: list[int] = []
-    journal = Journal(store, lost.append, every=3600)
+    journal = Journal(store, lost.append, every=0.5)
     for n, changes in enumerate([{}, {"product_id": None}, {}]): journal.add(row(n, **changes))
-    journal.write()
+    appear(store, 2, within=3)
     journal.add(row(3))
     journal.close()
     assert [r["request_id"] for r in everything(store)] == ["r0", "r2", "r3"] and lost == [1]

@@ -37,7 +37,7 @@ def picture_bytes(
 ) -> bytes: # at least one
     "The bytes of a picture file; `PictureError` if it is empty, too large, not a file or cannot be read."
     try:
-        if isinstance(source, bytes): raw = source[: max_bytes + 1]
+        if isinstance(source, bytes): raw = source if len(source) <= max_bytes else source[: max_bytes + 1]
         elif not stat.S_ISREG(source.stat().st_mode): raise PictureError("not a file") # a pipe would wait for ever
         else:
             with source.open("rb") as file: raw = file.read(max_bytes + 1)

@@ -146,6 +146,10 @@ class Bundle:
         return ({name: temper(e.predict_proba(products), self.temperatures.get(name, 1.0)) for name, e in self.experts.items()},
                 {name: e.sees(products) & products.usable for name, e in self.experts.items()})
 
+    def picture_inputs(self, raw: bytes) -> dict[str, np.ndarray]: # raises `PictureError`
+        "What the experts are shown of a picture, for a `PreparedPicture`; nothing where none of them looks."
+        return {shown: x for e in self.experts.values() for shown, x in e.picture_inputs(raw).items()}
+
     def predict_chunk(self, products: Products) -> Predictions:
         "The answers for as many products as fit in memory at once."
         probs, sees = self.expert_proba(products)

@@ -54,6 +54,10 @@ class Expert(ABC):
     def load(cls, folder: Path) -> Self:
         "Read it back, without pickle and without the libraries that trained it."
 
+    def picture_inputs(self, raw: bytes) -> dict[str, np.ndarray]: # what is shown → array; raises `PictureError`
+        "The part of `embed` that needs a picture's pixels; a service lets other threads do it meanwhile."
+        return {}
+
     def predict_proba(self, products: Products) -> np.ndarray: # (n, 27) float32, rows sum to 1
         "Probabilities; uniform for the products it does not see."
         out, seen = np.full((len(products), len(CODES)), 1 / len(CODES), np.float32), self.sees(products)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WHITE', 'View', 'ENLARGED', 'BICUBIC', 'VIEWS', 'PREPARATION', 'KEEP_EVERY', 'trim_white', 'centre', 'network_input',
-           'worker_map', 'processors', 'onnx_session', 'Embedder', 'pack_vector', 'unpack_vector', 'open_cache',
-           'move_damaged', 'read_vectors', 'write_vectors', 'EmbeddingCache', 'embed_new', 'embed_pictures',
-           'fit_softmax', 'softmax_rows', 'SoftmaxHead', 'fit_head', 'ImageExpert']
+           'worker_map', 'processors', 'onnx_session', 'PreparedPicture', 'Embedder', 'pack_vector', 'unpack_vector',
+           'open_cache', 'move_damaged', 'read_vectors', 'write_vectors', 'EmbeddingCache', 'embed_new',
+           'embed_pictures', 'fit_softmax', 'softmax_rows', 'SoftmaxHead', 'fit_head', 'ImageExpert']
 
 # %% ../../nbs/models/23_image.ipynb #4d332ec7
 import hashlib
@@ -15,7 +15,7 @@ import sqlite3
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -104,6 +104,11 @@ def onnx_session(
     return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 # %% ../../nbs/models/23_image.ipynb #ef10b6ff
+class PreparedPicture(bytes):
+    "A picture file with what networks are shown of it, as `Expert.picture_inputs` gives it, in the making."
+    inputs: Future[dict[str, np.ndarray]]
+
+# %% ../../nbs/models/23_image.ipynb #5815f285
 PREPARATION = 1 # raised whenever a view or the decoder gives other pixels
 
 class Embedder:
@@ -126,12 +131,19 @@ class Embedder:
         "How many features a picture has."
         return int(self.session.get_outputs()[0].shape[1])
 
+    def shown(self, raw: bytes) -> dict[str, np.ndarray]: # one array (1, side, side, 3)
+        "What the network is shown of a picture, by the name of its preparation; raises `PictureError`."
+        side = int(self.session.get_inputs()[0].shape[1])
+        return {f"{self.view} {side}": network_input(raw, side, self.view)}
+
     def vector(self, raw: bytes) -> np.ndarray: # (d,) float32
         "The features of one picture file; raises `PictureError`."
-        side = int(self.session.get_inputs()[0].shape[1])
-        return np.asarray(self.session.run(None, {"picture": network_input(raw, side, self.view)})[0][0])
+        ready = raw.inputs.result() if isinstance(raw, PreparedPicture) else {}
+        picture = ready.get(f"{self.view} {self.session.get_inputs()[0].shape[1]}")
+        if picture is None: (picture,) = self.shown(raw).values()
+        return np.asarray(self.session.run(None, {"picture": picture})[0][0])
 
-# %% ../../nbs/models/23_image.ipynb #6a0dcb2c
+# %% ../../nbs/models/23_image.ipynb #60ac37e2
 def pack_vector(
     vector: np.ndarray, # (d,) float32
 ) -> bytes: # 4 d + 4
@@ -146,7 +158,7 @@ def unpack_vector(
     raw, check = packed[:-4], packed[-4:]
     return np.frombuffer(raw, "<f4") if zlib.crc32(raw).to_bytes(4, "little") == check else None
 
-# %% ../../nbs/models/23_image.ipynb #f46d5e37
+# %% ../../nbs/models/23_image.ipynb #39403ea7
 def open_cache(
     path: Path, # of the SQLite file
 ) -> sqlite3.Connection: # its table is there
@@ -163,7 +175,7 @@ def open_cache(
         raise
     return db
 
-# %% ../../nbs/models/23_image.ipynb #39403ea7
+# %% ../../nbs/models/23_image.ipynb #7a3110f3
 def move_damaged(
     path: Path, # a damaged cache
 ) -> Path: # where it lies now
@@ -173,7 +185,7 @@ def move_damaged(
     for suffix in ("-wal", "-shm"): path.with_name(path.name + suffix).unlink(missing_ok=True)
     return aside
 
-# %% ../../nbs/models/23_image.ipynb #7a3110f3
+# %% ../../nbs/models/23_image.ipynb #fdecb7cb
 def read_vectors(
     db: sqlite3.Connection, # from `open_cache`
     key: str, # `Embedder.key`
@@ -184,7 +196,7 @@ def read_vectors(
     rows = [(h, row[0]) for h in hashes if (row := db.execute(ask, (key, h)).fetchone())]
     return {h: vector for h, packed in rows if (vector := unpack_vector(packed)) is not None}
 
-# %% ../../nbs/models/23_image.ipynb #fdecb7cb
+# %% ../../nbs/models/23_image.ipynb #bcbb3535
 def write_vectors(
     db: sqlite3.Connection, # from `open_cache`
     key: str, # `Embedder.key`
@@ -194,7 +206,7 @@ def write_vectors(
     rows = [(key, h, pack_vector(vector)) for h, vector in vectors.items()]
     with db: db.executemany("INSERT OR REPLACE INTO embeddings VALUES (?, ?, ?)", rows)
 
-# %% ../../nbs/models/23_image.ipynb #6c6bf9b0
+# %% ../../nbs/models/23_image.ipynb #587b3666
 class EmbeddingCache:
     "Embeddings by graph and picture content, in `embeddings.sqlite`; without a folder, or with a broken one, it holds nothing."
     def __init__(self,
@@ -232,13 +244,13 @@ class EmbeddingCache:
         if self.db is not None: self.db.close()
         self.db = None
 
-# %% ../../nbs/models/23_image.ipynb #e58633ec
+# %% ../../nbs/models/23_image.ipynb #7fbfc92c
 def _or_none(work: Callable[[Source], Any], source: Source | None) -> Any:
     "What some work makes of a picture; none where there is no picture or none that can be read."
     try: return None if source is None else work(source)
     except PictureError: return None
 
-# %% ../../nbs/models/23_image.ipynb #7fbfc92c
+# %% ../../nbs/models/23_image.ipynb #86a25699
 KEEP_EVERY = 64 # pictures between two commits of the cache; fewer new ones need no progress bar
 
 def embed_new(
@@ -264,7 +276,7 @@ def embed_new(
             if waiting: cache.put(waiting)
     return made
 
-# %% ../../nbs/models/23_image.ipynb #86a25699
+# %% ../../nbs/models/23_image.ipynb #28302dfa
 def embed_pictures(
     embedder: Embedder,
     sources: Sequence[Source | None], # n pictures; None where there is none
@@ -282,7 +294,7 @@ def embed_pictures(
     nothing = np.full(embedder.width, np.nan, np.float32)
     return np.stack([found.get(h, nothing) for h in hashes]) if hashes else np.empty((0, embedder.width), np.float32)
 
-# %% ../../nbs/models/23_image.ipynb #be216deb
+# %% ../../nbs/models/23_image.ipynb #80c1abd5
 def fit_softmax(
     x: np.ndarray, # (n, d)
     y: np.ndarray, # (n,) class indices, any of the 27
@@ -298,7 +310,7 @@ def fit_softmax(
     if len(classes) == 2: w, b = np.hstack([0 * w, w]), np.array([0.0, b[0]])
     return w.astype(np.float32), b.astype(np.float32), classes
 
-# %% ../../nbs/models/23_image.ipynb #80c1abd5
+# %% ../../nbs/models/23_image.ipynb #69eaeaa9
 def softmax_rows(
     x: np.ndarray, # (n, d)
     w: np.ndarray, # (d, m)
@@ -310,7 +322,7 @@ def softmax_rows(
     e = np.exp(logits - logits.max(1, keepdims=True, initial=-np.inf))
     return e / e.sum(1, keepdims=True)
 
-# %% ../../nbs/models/23_image.ipynb #38275dcd
+# %% ../../nbs/models/23_image.ipynb #10f80b77
 @dataclass
 class SoftmaxHead:
     "A softmax over the classes that occurred in training."
@@ -326,7 +338,7 @@ class SoftmaxHead:
         out[known] = all_classes(softmax_rows(features[known], self.w, self.b), self.classes, self.n_train)
         return out
 
-# %% ../../nbs/models/23_image.ipynb #10f80b77
+# %% ../../nbs/models/23_image.ipynb #0975f11a
 def fit_head(
     features: np.ndarray, # (n, d) float32; rows of NaN are left out
     y: np.ndarray, # (n,) class indices; rows of -1 are left out
@@ -343,7 +355,7 @@ def fit_head(
     w = w / std[:, None]
     return SoftmaxHead(w.astype(np.float32), (b - mean @ w).astype(np.float32), classes, len(x))
 
-# %% ../../nbs/models/23_image.ipynb #87b67096
+# %% ../../nbs/models/23_image.ipynb #fb82bf02
 class ImageExpert(Expert):
     "Product types from pictures: a frozen backbone and a softmax head."
     name: ClassVar[str] = "image"
@@ -369,6 +381,9 @@ class ImageExpert(Expert):
 
     def sees(self, products: Products) -> np.ndarray: # (n,) bool
         return products.has_picture
+
+    def picture_inputs(self, raw: bytes) -> dict[str, np.ndarray]: # one array (1, side, side, 3)
+        return self.embedder.shown(raw)
 
     def embed(self, products: Products) -> np.ndarray: # (n, d) float32, NaN where no picture can be read
         return embed_pictures(self.embedder, list(products.picture), self.cache_dir)

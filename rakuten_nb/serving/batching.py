@@ -15,7 +15,7 @@ from .problems import Problem
 
 # %% ../../nbs/serving/42e_batching.ipynb #73d4c227
 MAX_BATCH = 8 # more gains nothing and makes a title wait for seven pictures and more
-MAX_WAITING = 256 # products; then the service is overloaded and says so
+MAX_WAITING = 64 # products; then the service is overloaded and says so
 
 Q = TypeVar("Q")
 A = TypeVar("A")
