@@ -125,7 +125,8 @@ _told: dict[str, dict[str, Any]] = {
 PRODUCT_SCHEMA = {"type": "object", "additionalProperties": False, "properties": {name: _told[name] for name in PREDICT_FIELDS},
                   "description": "Every field is optional, but a title or a picture is needed."}
 LOGIN_SCHEMA = {"type": "object", "additionalProperties": False, "required": ["username", "password"], "properties": {
-    **{name: dict(_text) for name in LOGIN_FIELDS}, "username": _text | {"minLength": 1}, "password": _text | {"minLength": 1, "format": "password"}, "grant_type": {"type": "string", "enum": ["password"]},
+    **{name: dict(_text) for name in LOGIN_FIELDS}, "username": _text | {"minLength": 1}, "password": _text | {"minLength": 1, "format": "password"},
+    "grant_type": {"type": "string", "enum": ["password"]},
     "scope": _text | {"description": "Between spaces; all of the role's without it", "examples": ["predict"]}}}
 
 # %% ../../nbs/serving/43_api.ipynb #f99cbe36
