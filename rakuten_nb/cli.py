@@ -11,6 +11,7 @@ __all__ = ['app', 'CatalogArg', 'BundleArg', 'NEXT', 'users', 'PasswordStdin', '
 import io
 import os
 import signal
+import socket
 import sys
 import warnings
 from collections import Counter
@@ -235,6 +236,10 @@ def serve(
     if bundle: os.environ["RAKUTEN_BUNDLE"] = str(bundle.resolve())
     settings = read_settings()
     signing_key(settings)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try: probe.bind((host, port))
+        except OSError as e: raise InputError(f"{host}:{port}: cannot listen there: {e.strerror}; --port (make serve PORT=…) names another") from None
     with _store() as store: nobody = not list_users(store)
     if not (settings.rakuten_bundle / "bundle.json").is_file():
         err_console().print(f"[yellow]worth knowing:[/] no bundle at {_plain(str(settings.rakuten_bundle))} yet; the API waits for one "
@@ -242,8 +247,8 @@ def serve(
     if nobody: err_console().print("[yellow]worth knowing:[/] nobody may log in yet; `rakuten-nb users add NAME` makes a user", soft_wrap=True)
     log = _plain(str(settings.rakuten_log_dir / "serving_logger.log"))
     err_console().print(f"http://{host}:{port}/docs describes the API; each request is a line in {log}", soft_wrap=True)
-    import uvicorn
-    uvicorn.run("rakuten_nb.serving.api:app", host=host, port=port, access_log=False, server_header=False, timeout_graceful_shutdown=30)
+    import uvicorn # by h11, which takes 16 KiB of headers and no more; httptools takes any amount
+    uvicorn.run("rakuten_nb.serving.api:app", host=host, port=port, http="h11", access_log=False, server_header=False, timeout_graceful_shutdown=30)
 
 # %% ../nbs/60_cli.ipynb #819e447a
 users = typer.Typer(no_args_is_help=True, help="Who may use the API.")
@@ -260,7 +265,10 @@ def _store() -> Iterator["Store"]:
 
 def _password(from_stdin: bool) -> str:
     "A password that was asked for, or came by standard input."
-    if from_stdin: password = sys.stdin.read().rstrip("\r\n")
+    if from_stdin:
+        try: password = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n").removesuffix("\r")
+        except UnicodeDecodeError: raise InputError("password: expected UTF-8 on standard input; found other bytes") from None
+        if "\n" in password: raise InputError("password: expected one line on standard input; found several")
     elif sys.stdin.isatty(): password = typer.prompt("Password", hide_input=True, confirmation_prompt=True)
     else: raise InputError("password: expected a terminal to ask for it, or --password-stdin; found neither")
     if 0 < len(password) < 12: err_console().print("[yellow]worth knowing:[/] fewer than 12 characters are quickly guessed", soft_wrap=True)
@@ -332,7 +340,7 @@ def bench(
     from rakuten_nb.operations.bench import bench_service
     if json: check_writable(json)
     found, con = bench_service(bundle or read_settings().rakuten_bundle, rounds, course), out_console()
-    con.print(rich_table(found.frame(), f"A product with title and picture, model {found.model_version}, {os.cpu_count()} processors", floatfmt=".1f"))
+    con.print(rich_table(found.frame(), f"One product, {os.cpu_count()} processors, model {found.model_version}", floatfmt=".1f"))
     if course: con.print(f"the course's way takes {found.ratio:.1f} times as long")
     con.print(f"ready {found.ready_seconds:.1f} s after its start, {found.memory_mb:,.0f} MB at most, "
               f"{found.crowd_per_second:.0f} answers a second for eight clients")

@@ -36,7 +36,9 @@ def readable_limit(
 ) -> str: # the same
     "A rate limit that cannot be read is refused at start, not at the first request."
     from limits import parse_many
-    parse_many(value)
+    try: found = parse_many(value)
+    except ValueError: found = []
+    if not found or any(limit.amount < 1 for limit in found): raise ValueError("expected limits such as 10/minute or 5/second;200/day")
     return value
 
 # %% ../nbs/00_config.ipynb #2bef3062

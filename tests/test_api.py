@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,7 +19,7 @@ import jwt
 import numpy as np
 import pytest
 import sqlalchemy as sa
-from api_process import KEY, PASSWORD, ApiProcess, free_port
+from api_process import KEY, PASSWORD, ApiProcess, free_port, memory_mb
 from conftest import ROOT
 from hard_products import HOW_MANY, encoded, sixteen_bit, turned
 from PIL import Image
@@ -400,3 +401,48 @@ def test_the_command_line_serves(own_api: ApiProcess) -> None:
         said = process.communicate(timeout=60)[1]
     assert "users add NAME" in said and f"http://127.0.0.1:{port}/docs" in said and "Traceback" not in said
     assert (own_api.home / "logs/serving_logger.log").exists()
+
+def test_an_endless_header_is_cut_off(api: ApiProcess) -> None:
+    with socket.create_connection(("127.0.0.1", api.port), timeout=30) as line, pytest.raises(OSError):
+        line.sendall(b"GET /status HTTP/1.1\r\nHost: x\r\nX: ")
+        for _ in range(1000): line.sendall(b"a" * 65536)
+    assert api.client.get("/status").status_code == 200
+
+def test_large_pictures_stay_within_the_memory_of_a_container(own_api: ApiProcess) -> None:
+    own_api.start().add_users(marie="user")
+    header, large = own_api.token(), encoded(Image.new("RGBA", (7000, 7000)), "PNG")
+    found: list[int] = []
+    def ask() -> None: found.append(httpx.post(f"{own_api.url}/predict", files={"image": large}, headers=header, timeout=120).status_code)
+    crowd = [threading.Thread(target=ask) for _ in range(3)]
+    for t in crowd: t.start()
+    for t in crowd: t.join()
+    assert own_api.process and found == [200] * 3 and memory_mb(own_api.process.pid) < 900, "compose.yaml gives it 1 GiB"
+
+BAD_STARTS: dict[str, tuple[dict[str, str], str]] = {
+    "a limit that is none": ({"RAKUTEN_RATE_LIMIT_PREDICT": "often"}, "such as 10/minute"),
+    "no algorithm": ({"ALGORITHM": "none"}, "ALGORITHM"), "a short key": ({"SECRET_KEY": "short"}, "SECRET_KEY: expected 32"),
+    "no database": ({"RAKUTEN_DATABASE_URL": "nonsense"}, "RAKUTEN_DATABASE_URL: expected sqlite:///FILE"),
+    "no Redis": ({"RAKUTEN_REDIS_URL": "redis://:hush@localhost:abc/0"}, "RAKUTEN_REDIS_URL: expected redis://"),
+    "a token for ever": ({"ACCESS_TOKEN_EXPIRE_MINUTES": "-1"}, "ACCESS_TOKEN_EXPIRE_MINUTES"),
+}
+
+@pytest.mark.parametrize("what", BAD_STARTS)
+def test_a_bad_setting_is_one_line(what: str, own_api: ApiProcess) -> None:
+    settings, word = BAD_STARTS[what]
+    own_api.env |= settings
+    own_api.start(wait=False)
+    assert own_api.process and own_api.process.wait(60) != 0
+    said = [line for line in own_api.terminal().splitlines() if word in line]
+    assert len(said) == 1 and "Traceback" not in own_api.terminal() and "hush" not in own_api.terminal()
+
+def test_what_the_command_line_refuses(api: ApiProcess) -> None:
+    cases: list[tuple[list[str], bytes, str]] = [
+        (["serve", "--port", str(api.port)], b"", "cannot listen there"),
+        (["users", "add", "bob", "--password-stdin"], b"\xff\xfe not UTF-8", "expected UTF-8"),
+        (["users", "add", "bob", "--password-stdin"], b"two\nlines\n", "expected one line"),
+        (["users", "add", "bob"], b"", "--password-stdin"), (["users", "add", "marie", "--password-stdin"], b"long enough", "there is one already"),
+        (["users", "add", "-x", "--role", "king"], b"", ""), (["users", "disable", "nobody"], b"", "there is none"),
+    ]
+    for words, typed, said in cases:
+        answer = subprocess.run([sys.executable, "-m", "rakuten_nb.cli", *words], input=typed, env=api.env, cwd=api.home, capture_output=True, check=False)
+        assert answer.returncode == 2 and said in answer.stderr.decode() and b"Traceback" not in answer.stderr, words

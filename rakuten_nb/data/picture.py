@@ -15,7 +15,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageChops
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
@@ -125,10 +125,9 @@ def onto_white(
     image: Image.Image, # of any mode with transparency
 ) -> Image.Image: # RGB
     "A picture with transparency, laid onto white."
-    rgba = image.convert("RGBA")
-    page = Image.new("RGB", image.size, "white")
-    page.paste(rgba.convert("RGB"), mask=rgba.getchannel("A"))
-    return page
+    rgba = image if image.mode == "RGBA" else image.convert("RGBA")
+    rgba.paste("white", mask=ImageChops.invert(rgba.getchannel("A"))) # in place: a large picture is large four times otherwise
+    return rgba.convert("RGB")
 
 # %% ../../nbs/data/09_picture.ipynb #101a4a6d
 CONVERTERS: dict[str, Callable[[Image.Image], Image.Image]] = {"I;16": deep_grey_rgb, "CMYK": cmyk_rgb}

@@ -28,7 +28,7 @@ from ..config import Settings, read_settings
 from ..errors import RakutenError
 from ..models.bundle import Prediction
 from .forms import PREDICT_FIELDS, read_fields, read_product
-from .problems import Problem, ProblemDocument, problem_response, problem_responses, request_id_of
+from .problems import LIMIT_HEADERS, Problem, ProblemDocument, problem_response, problem_responses, request_id_of
 from .security import SCOPES
 from .service import LOGIN_FIELDS, Service, classify, known_caller, log_in, no_model, start_service, stop_service
 from .store import StoreAway, User, ask_for_model, last_model_request, model_news
@@ -168,11 +168,9 @@ async def predict(request: Request, response: Response, service: Running, user: 
     request.state.model_version = version
     return as_answer(found, version, name)
 
-_limit = {"description": "Where the user stands with the limit.", "schema": {"type": "string"}}
-_limits = {"headers": {f"RateLimit-{name}": _limit for name in ("Limit", "Remaining", "Reset", "Policy")}}
 for path in ("/predict", "/predict_code"):
     routes.post(path, response_model=Answer, tags=["predictions"], operation_id=path[1:], openapi_extra=form_body(PRODUCT_SCHEMA, FORMS, required=False),
-                responses={200: _limits, **problem_responses((400, *GUARDED, 408, 413, 415, 422, 429))})(predict)
+                responses={200: {"headers": LIMIT_HEADERS}, **problem_responses((400, *GUARDED, 408, 413, 415, 422, 429))})(predict)
 
 # %% ../../nbs/serving/43_api.ipynb #cfc0368a
 @routes.get("/model", response_model=ModelAnswer, tags=["model"], responses=problem_responses(GUARDED))
@@ -198,12 +196,12 @@ def reload(service: Running, user: Annotated[User, Security(caller, scopes=["adm
     return {"request": request, "message": "every process follows within 15 s; the old model stays where the new one fails its check"}
 
 # %% ../../nbs/serving/43_api.ipynb #bebd6cdd
-@routes.get("/status", response_model=StatusAnswer, tags=["operation"])
+@routes.get("/status", response_model=StatusAnswer, tags=["operation"], responses=problem_responses(()))
 async def status(service: Running) -> dict[str, Any]:
     "Whether the service is up, and with which model."
     return {"status": "ok", "model_version": service.keeper.version, "version": __version__}
 
-@routes.get("/health", response_model=StatusAnswer, tags=["operation"])
+@routes.get("/health", response_model=StatusAnswer, tags=["operation"], responses=problem_responses(()))
 async def health(service: Running) -> dict[str, Any]:
     "The process is up."
     return await status(service)
@@ -214,7 +212,7 @@ async def ready(service: Running) -> dict[str, Any]:
     if service.keeper.bundle is None: raise no_model(service.keeper)
     return await status(service)
 
-@routes.get("/metrics", tags=["operation"], response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+@routes.get("/metrics", tags=["operation"], response_class=Response, responses={200: {"content": {"text/plain": {}}}, **problem_responses(())})
 async def metrics(service: Running) -> Response:
     "The numbers that Prometheus reads."
     return Response(service.telemetry.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
