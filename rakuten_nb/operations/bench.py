@@ -235,6 +235,7 @@ def bench_service(
         for _ in progress(range(rounds), description="Measuring"):
             ours_ms += [timed(lambda q=q: ask(q)) for q in questions[:20]] # type: ignore[misc]
             if theirs: course_ms += [timed(lambda q=q: theirs(q)) for q in questions[:4]] # type: ignore[misc]
+            time.sleep(0.5)
         def client(n: int) -> None:
             own = http.client.HTTPConnection("127.0.0.1", api.port, timeout=60)
             for q in questions[n::8] * 4: ask(q, own)
