@@ -247,7 +247,8 @@ def serve(
     if nobody: err_console().print("[yellow]worth knowing:[/] nobody may log in yet; `rakuten-nb users add NAME` makes a user", soft_wrap=True)
     log = _plain(str(settings.rakuten_log_dir / "serving_logger.log"))
     err_console().print(f"http://{host}:{port}/docs describes the API; each request is a line in {log}", soft_wrap=True)
-    import uvicorn # by h11, which takes 16 KiB of headers and no more; httptools takes any amount
+    # By h11, which takes 16 KiB of headers and no more; httptools takes any amount.
+    import uvicorn
     uvicorn.run("rakuten_nb.serving.api:app", host=host, port=port, http="h11", access_log=False, server_header=False, timeout_graceful_shutdown=30)
 
 # %% ../nbs/60_cli.ipynb #819e447a
