@@ -125,6 +125,7 @@ def compose_faults(compose: dict[str, Any]) -> list[str]:
 def set_in(service: str, key: str, value: object) -> Callable[[dict[str, Any]], None]:
     "A change of one service."
     def change(compose: dict[str, Any]) -> None: compose["services"][service][key] = value
+    change.__name__ = f"{service} {key} {value}"
     return change
 
 def test_compose_follows_the_schema() -> None:
@@ -141,7 +142,7 @@ def test_compose_is_closed() -> None:
     set_in("api", "environment", {"SECRET_KEY": "${SECRET_KEY:-change-me}"}), set_in("api", "environment", {"SECRET_KEY": "${SECRET_KEY}"}),
     set_in("postgres", "environment", {"POSTGRES_PASSWORD": "${POSTGRES_PASSWORD:-postgres}"}),
     set_in("api", "volumes", ["data:/data"]), set_in("postgres", "healthcheck", None),
-], ids=str)
+], ids=lambda change: change.__name__)
 def test_a_more_open_compose_is_noticed(change: Callable[[dict[str, Any]], None]) -> None:
     changed = copy.deepcopy(COMPOSE)
     change(changed)
