@@ -415,6 +415,8 @@ def test_large_pictures_stay_within_the_memory_of_a_container(own_api: ApiProces
     def ask() -> None: found.append(httpx.post(f"{own_api.url}/predict", files={"image": large}, headers=header, timeout=120).status_code)
     crowd = [threading.Thread(target=ask) for _ in range(3)]
     for t in crowd: t.start()
+    time.sleep(0.3) # until they are there; each takes a second
+    assert own_api.predict(header, "Jeu", picture=picture()).status_code == 200 and not found, "nobody waits for them"
     for t in crowd: t.join()
     assert own_api.process and found == [200] * 3 and memory_mb(own_api.process.pid) < 900, "compose.yaml gives it 1 GiB"
 

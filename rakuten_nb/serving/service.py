@@ -11,11 +11,9 @@ __all__ = ['BELIEVE_SECONDS', 'LOGIN_FIELDS', 'LARGE', 'Acquaintances', 'Service
 import asyncio
 import ctypes
 import os
-import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -72,7 +70,7 @@ class Service:
     people: Acquaintances
     batcher: Batcher[ProductForm, tuple[Prediction, str]]
     decoding: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(os.cpu_count() or 1, "decode"))
-    one_large: threading.Lock = field(default_factory=threading.Lock) # held while the pixels of a large picture are in memory
+    decoding_large: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "decode-large")) # one at a time, out of the others' way
     logins: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2)) # passwords checked at once: each takes a processor
 
 async def start_service(
@@ -98,7 +96,8 @@ async def stop_service(
 ) -> None:
     "End its threads and write down what waits."
     await service.batcher.close()
-    for end in (service.keeper.close, service.journal.close, service.decoding.shutdown, service.store.close): await asyncio.to_thread(end)
+    pools = service.decoding, service.decoding_large
+    for end in (service.keeper.close, service.journal.close, *(pool.shutdown for pool in pools), service.store.close): await asyncio.to_thread(end)
 
 # %% ../../nbs/serving/42f_service.ipynb #d585977b
 LOGIN_FIELDS = ("username", "password", "grant_type", "scope", "client_id", "client_secret")
@@ -182,15 +181,15 @@ def give_memory_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim: trim(0)
 
-LARGE = 8_000_000 # pixels, 32 MB of memory for each form that they take
+LARGE = 4_000_000 # pixels, 16 MB of memory for each form that they take
 
 def picture_inputs(
     service: Service,
     raw: bytes, # a picture file
-    large: bool, # whether there may be no second one like it at a time
+    large: bool, # whether what it took is worth giving back
 ) -> dict[str, np.ndarray]: # what experts are shown → array
     "Decode a picture and prepare it for the experts that look at it; raises `PictureError`."
-    with service.one_large if large else nullcontext(), service.telemetry.decode.time():
+    with service.telemetry.decode.time():
         try:
             found = service.keeper.bundle.picture_inputs(raw) if service.keeper.bundle else {}
             if not found: decode_picture(raw, max_pixels=service.settings.rakuten_max_pixels)
@@ -201,15 +200,16 @@ def picture_inputs(
 def prepare_picture(
     service: Service,
     raw: bytes, # a picture file
-) -> PreparedPicture: # its pixels are on their way
+) -> tuple[PreparedPicture, bool]: # its pixels are on their way; whether it is large
     "Look at a picture's header, and let a thread begin with its pixels; raises `Problem` 422 if the header tells enough."
     width, height = 0, 0
     try: width, height = open_picture(raw, service.settings.rakuten_max_pixels).size
     except PictureError as e: raise bad_picture(e) from None
     except Exception: pass # decoding will say in which way it is damaged
     picture = PreparedPicture(raw)
-    picture.inputs = service.decoding.submit(picture_inputs, service, raw, width * height > LARGE)
-    return picture
+    large = width * height > LARGE
+    picture.inputs = (service.decoding_large if large else service.decoding).submit(picture_inputs, service, raw, large)
+    return picture, large
 
 # %% ../../nbs/serving/42f_service.ipynb #2dd271d6
 async def classify(
@@ -219,13 +219,16 @@ async def classify(
     request_id: str,
 ) -> tuple[Prediction, str]: # answer, model version
     "A product's type; it is counted and written to the journal. Raises `Problem` 422 or 503."
-    picture = prepare_picture(service, product.picture) if product.picture else None
-    question = asyncio.ensure_future(service.batcher.ask(replace(product, picture=picture)))
+    picture, large = prepare_picture(service, product.picture) if product.picture else (None, False)
+    question: asyncio.Future[tuple[Prediction, str]] | None = None
     try:
+        if picture and large: await asyncio.wrap_future(picture.inputs) # or the others in its batch would wait for its pixels
+        question = asyncio.ensure_future(service.batcher.ask(replace(product, picture=picture)))
         if picture: await asyncio.wrap_future(picture.inputs)
         answer, version = await question
     except PictureError as e: raise bad_picture(e) from None
-    finally: question.cancel() # nothing is done by this where there is an answer
+    finally:
+        if question is not None: question.cancel() # nothing is done by this where there is an answer
     if answer.prdtypecode is None:
         raise Problem(422, "unseen", f"this model has no expert for a product with nothing but {'a picture' if product.picture else 'a text'}")
     service.telemetry.predicted(answer, version)
