@@ -15,6 +15,7 @@ import pytest
 
 if TYPE_CHECKING:
     from api_process import ApiProcess
+    from pipeline_copy import Tell
     from servers import Postgres, RedisServer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,8 +94,8 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 def env(shared: Path) -> dict[str, str]:
     "The environment of every process that a test starts: this tree's package; caches, logs and bytecode out of the project."
     own = {"PYTHONPATH": str(ROOT), "RAKUTEN_DATA_DIR": str(shared / "data"), "RAKUTEN_LOG_DIR": str(shared / "logs"), "OMP_NUM_THREADS": "1",
-           "PYTHONPYCACHEPREFIX": str(shared / "bytecode")} # without bytecode a process takes three times as long to start
-    return {k: v for k, v in os.environ.items() if not k.startswith("RAKUTEN_") and k != "PYTHONDONTWRITEBYTECODE"} | own
+           "PYTHONPYCACHEPREFIX": str(shared / "bytecode"), "MLFLOW_DISABLE_TELEMETRY": "true"} # without bytecode a process takes three times as long to start
+    return {k: v for k, v in os.environ.items() if not k.startswith(("RAKUTEN_", "MLFLOW_", "DAGSHUB_", "AWS_")) and k != "PYTHONDONTWRITEBYTECODE"} | own
 
 @pytest.fixture(scope="session")
 def python(env: dict[str, str], shared: Path) -> Run:
@@ -132,6 +133,33 @@ def trained(shared: Path, sample_catalog: Path, hard_catalog: Path, python: Run)
 def bundle(trained: Path) -> Path:
     "A bundle of both experts, trained on the sample of 400."
     return trained / "bundle"
+
+# --- the pipeline
+
+@pytest.fixture(scope="session")
+def tell(env: dict[str, str]) -> "Tell":
+    "Runs a command of the project's environment in a copy of the project, whose package it uses; `extra` adds to its environment."
+    programs = Path(sys.executable).parent
+    def run(project: Path, command: str, *args: object, extra: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        own = env | {"PYTHONPATH": str(project), "PATH": f"{programs}:{env['PATH']}", "DVC_NO_ANALYTICS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"} | (extra or {})
+        return subprocess.run([programs / command, *map(str, args)], cwd=project, env=own, capture_output=True, text=True, check=False)
+    return run
+
+@pytest.fixture(scope="session")
+def finished(shared: Path, bundle: Path, tell: "Tell") -> Path: # after the bundle, so that the exported backbone is in the cache
+    "A copy of the project in which the pipeline has run once; what it said is in said.txt."
+    from pipeline_copy import make_project
+    def make(part: Path) -> None:
+        make_project(part / "project")
+        answer = tell(part / "project", "dvc", "repro")
+        assert answer.returncode == 0, answer.stdout + answer.stderr
+        (part / "said.txt").write_text(answer.stdout + answer.stderr, encoding="utf-8")
+    return once(shared / "finished", make)
+
+@pytest.fixture
+def project(finished: Path, tmp_path: Path) -> Path:
+    "A copy of the finished project that may be changed."
+    return Path(shutil.copytree(finished / "project", tmp_path / "project", symlinks=True))
 
 # --- the API
 

@@ -3,63 +3,12 @@
 One copy runs from nothing; each test takes a copy of that, changes one thing, and looks at what runs again."""
 import csv
 import json
-import re
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from conftest import ROOT, once
-
-PRODUCTS = 250
-NEEDED = ("nbs", "rakuten_nb", "settings.ini", "params.yaml", "dvc.yaml", ".dvcignore", ".gitignore")
-STAGES = ["import", "prepare", "text", "image", "fuse", "evaluate", "predict"]
-Dvc = Callable[..., subprocess.CompletedProcess[str]]
-
-def change(project: Path, **sections: dict[str, Any]) -> None:
-    "Change sections of params.yaml."
-    params = yaml.safe_load((project / "params.yaml").read_text(encoding="utf-8"))
-    for name, section in sections.items(): params[name.strip("_")] |= section
-    (project / "params.yaml").write_text(yaml.safe_dump(params, allow_unicode=True), encoding="utf-8")
-
-@pytest.fixture(scope="session")
-def tell(env: dict[str, str]) -> Dvc:
-    "Runs a command of the project's environment in a copy of the project, whose package it uses."
-    programs = Path(sys.executable).parent
-    def run(project: Path, command: str, *args: object) -> subprocess.CompletedProcess[str]:
-        own = env | {"PYTHONPATH": str(project), "PATH": f"{programs}:{env['PATH']}", "DVC_NO_ANALYTICS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
-        return subprocess.run([programs / command, *map(str, args)], cwd=project, env=own, capture_output=True, text=True, check=False)
-    return run
-
-@pytest.fixture(scope="session")
-def finished(shared: Path, bundle: Path, tell: Dvc) -> Path: # after the bundle, so that the exported backbone is in the cache
-    "A copy of the project in which the pipeline has run once; what it said is in said.txt."
-    def make(part: Path) -> None:
-        (project := part / "project").mkdir()
-        for name in NEEDED:
-            if (ROOT / name).is_file(): shutil.copy(ROOT / name, project)
-            else: shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"), symlinks=True)
-        (project / ".dvc").mkdir()
-        shutil.copy(ROOT / ".dvc/config", project / ".dvc")
-        subprocess.run(["git", "init", "--quiet", project], check=True)
-        change(project, import_={"products": PRODUCTS}, split={"folds": 2})
-        answer = tell(project, "dvc", "repro")
-        assert answer.returncode == 0, answer.stdout + answer.stderr
-        (part / "said.txt").write_text(answer.stdout + answer.stderr, encoding="utf-8")
-    return once(shared / "finished", make)
-
-@pytest.fixture
-def project(finished: Path, tmp_path: Path) -> Path:
-    "A copy of the finished project that may be changed."
-    return Path(shutil.copytree(finished / "project", tmp_path / "project", symlinks=True))
-
-def ran(said: str) -> list[str]:
-    "The stages that ran, in order."
-    return re.findall(r"Running stage '(\w+)'", said)
+from pipeline_copy import PRODUCTS, STAGES, Tell, change, ran
 
 def lines(path: Path) -> list[dict[str, str]]:
     "The lines of a CSV file."
@@ -80,23 +29,23 @@ def test_it_leaves_what_it_promises(finished: Path) -> None:
     for name in ("confusion", "coverage", "reliability"): assert (made / f"reports/plots/{name}.png").read_bytes().startswith(b"\x89PNG")
     assert len(list((made / "reports/runs").glob("*.ipynb"))) == len(STAGES)
 
-def test_a_second_run_runs_nothing(project: Path, tell: Dvc) -> None:
+def test_a_second_run_runs_nothing(project: Path, tell: Tell) -> None:
     assert "up to date" in tell(project, "dvc", "status").stdout
     answer = tell(project, "dvc", "repro")
     assert answer.returncode == 0, answer.stderr
     assert ran(answer.stdout) == []
 
-def test_a_text_parameter_runs_text_and_what_follows(project: Path, tell: Dvc) -> None:
+def test_a_text_parameter_runs_text_and_what_follows(project: Path, tell: Tell) -> None:
     change(project, text={"experts": {"text_linear": {"C": 0.3, "max_chars": 1500}}})
     changed = json.loads(tell(project, "dvc", "status", "--json").stdout)
     assert set(changed) == {"text"}
     answer = tell(project, "dvc", "repro")
     assert answer.returncode == 0, answer.stdout + answer.stderr
-    assert sorted(ran(answer.stdout)) == sorted(["text", "fuse", "evaluate", "predict"])
+    assert sorted(ran(answer.stdout)) == sorted(["text", "fuse", "evaluate", "register", "predict"])
     about = json.loads((project / "models/bundle/bundle.json").read_text(encoding="utf-8"))
     assert about["params"]["text"]["experts"]["text_linear"]["C"] == 0.3
 
-def test_a_directory_is_imported(project: Path, hard_catalog: Path, tell: Dvc) -> None:
+def test_a_directory_is_imported(project: Path, hard_catalog: Path, tell: Tell) -> None:
     change(project, import_={"catalog": str(hard_catalog)})
     answer = tell(project, "dvc", "repro", "--single-item", "import")
     assert answer.returncode == 0, answer.stdout + answer.stderr
@@ -112,7 +61,7 @@ REFUSED: dict[str, tuple[dict[str, dict[str, Any]], str, tuple[str, ...]]] = { #
 }
 
 @pytest.mark.parametrize("how", REFUSED)
-def test_a_stage_refuses_in_one_line(how: str, finished: Path, tell: Dvc, tmp_path: Path) -> None:
+def test_a_stage_refuses_in_one_line(how: str, finished: Path, tell: Tell, tmp_path: Path) -> None:
     sections, stage, named = REFUSED[how]
     project = Path(shutil.copytree(finished / "project", tmp_path / "project", symlinks=True, ignore=shutil.ignore_patterns("cache", "tmp")))
     change(project, **sections)

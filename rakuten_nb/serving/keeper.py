@@ -26,6 +26,7 @@ from ..data.catalog import make_products
 from ..errors import RakutenError
 from ..files import move_in
 from ..models.bundle import Bundle, BundleError, load_bundle, verify_bundle
+from .origin import origin_of
 from .store import Store, last_model_request, report_model
 
 # %% ../../nbs/serving/42d_keeper.ipynb #92f07b11
@@ -84,13 +85,13 @@ class Keeper:
         on_reload: Callable[[str], None] = lambda outcome: None, # told loaded or refused
         every: float = FOLLOW_SECONDS,
     ):
-        self.source, self.models = settings.rakuten_bundle, settings.rakuten_data_dir / "models"
+        self.origin, self.models = origin_of(settings), settings.rakuten_data_dir / "models"
         self.store, self.on_change, self.on_reload, self.every = store, on_change, on_reload, every
         self.bundle: Bundle | None = None
         self.error = ""
         self.process = f"{socket.gethostname()}:{os.getpid()}"
         self.request = 0 # the last one that was followed
-        self.tried: object = None # the state of the bundle's place at the last try
+        self.tried: object = None # the state of the origin at the last try
         self.log = get_logger("serving_logger")
         self.stopping, self.nudged = threading.Event(), threading.Event()
         self.thread = threading.Thread(target=self._run, name="keeper", daemon=True)
@@ -126,18 +127,15 @@ def _serve(keeper: Keeper, folder: Path) -> None:
     keeper.on_change(bundle.version)
 
 def load_asked(keeper: Keeper) -> None:
-    "Serve what the bundle's place holds; where that fails, go on with the old one and say why."
-    keeper.tried = _state(keeper.source)
-    try: _serve(keeper, take_bundle(keeper.source, keeper.models))
+    "Serve what the origin holds; where that fails, go on with the old one and say why."
+    keeper.tried = keeper.origin.state()
+    try:
+        with keeper.origin.fetched(keeper.stopping) as folder: copy = take_bundle(folder, keeper.models)
+        _serve(keeper, copy)
     except Exception as e: # a bundle can be wrong in more ways than can be foreseen, and none of them may end the service
-        keeper.error = str(e) if isinstance(e, RakutenError) else f"{keeper.source}: {type(e).__name__}"
+        keeper.error = str(e) if isinstance(e, RakutenError) else f"{keeper.origin.name}: {type(e).__name__}"
         keeper.log.error("the model was not loaded", extra={"error": keeper.error, "model_version": keeper.version})
     else: keeper.log.info("model loaded", extra={"model_version": keeper.version})
-
-def _state(source: Path) -> tuple[int, int] | None:
-    "Something that changes when a bundle is put there."
-    try: return (s := (source / "bundle.json").stat()).st_mtime_ns, s.st_ino
-    except OSError: return None
 
 # %% ../../nbs/serving/42d_keeper.ipynb #ab5799b5
 def start_keeper(keeper: Keeper) -> None:
@@ -163,4 +161,4 @@ def follow(keeper: Keeper) -> None:
         keeper.on_reload("refused" if keeper.error else "loaded")
         report_model(keeper.store, asked, keeper.process, keeper.version, keeper.error)
         keeper.request = asked
-    elif keeper.bundle is None and _state(keeper.source) not in (None, keeper.tried): load_asked(keeper)
+    elif keeper.bundle is None and keeper.origin.state() not in (None, keeper.tried): load_asked(keeper)
