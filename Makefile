@@ -20,6 +20,7 @@ PYTEST := $(BIN)/python -m pytest
 # pytest leaves with 5 when no test carries the mark, which is no failure.
 OR_NONE := || [ $$? -eq 5 ]
 PORT ?= 8000
+MLFLOW_PORT ?= 5000
 # Images: which engine (docker, podman or buildah; else the first that answers), over which Python image, with which further
 # flags of its `build`; `make up PROFILE=full` starts PostgreSQL and Redis too.
 CONTAINER ?=
@@ -54,9 +55,28 @@ demo: .venv/.installed ## from nothing to predictions on the synthetic sample, a
 serve: .venv/.installed ## the API on 127.0.0.1:8000 (PORT=…), with the model in models/bundle; writes a SECRET_KEY into .env if there is none
 	@$(BIN)/rakuten-nb serve --make-secret --port $(PORT)
 
+.PHONY: mlflow
+mlflow: .venv/.installed ## runs and registered models in a browser, on 127.0.0.1:5000 (MLFLOW_PORT=…)
+	@echo "http://127.0.0.1:$(MLFLOW_PORT) shows mlflow.db; Ctrl-C ends it"
+	@$(BIN)/mlflow server --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port $(MLFLOW_PORT) --workers 1
+
 .PHONY: lab
 lab: .venv/.installed ## the notebooks in JupyterLab; a saved notebook is cleaned at once
 	@$(BIN)/jupyter lab --ServerApp.root_dir=. --ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter nbs
+
+# Of an experiment: the parameters that differ, and the fused figures out of fold, by which one chooses.
+.PHONY: experiments
+experiments: .venv/.installed ## the experiments since the last commit, the best first
+	@$(BIN)/dvc exp show --only-changed --sort-by metrics/out_of_fold.json:fused.weighted_f1 --sort-order desc \
+	  --drop 'Created|State|Executor|metrics/(gold|out_of_fold\.json:experts)|.*(accuracy|top3|ece|rows|\.n$$)|(models|data|rakuten_nb|reports)/|metrics/[a-z_]+\.json$$'
+
+.PHONY: data-push
+data-push: .venv/.installed ## send data and models, as dvc.lock names them, to RAKUTEN_REMOTE_URL (and DagsHub, where it is set)
+	@$(BIN)/rakuten-nb data push
+
+.PHONY: data-pull
+data-pull: .venv/.installed ## fetch what dvc.lock names from there
+	@$(BIN)/rakuten-nb data pull
 
 # --- run it in containers
 

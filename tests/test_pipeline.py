@@ -70,3 +70,12 @@ def test_a_stage_refuses_in_one_line(how: str, finished: Path, tell: Tell, tmp_p
     assert (answer.returncode, len(errors)) == (2, 1), answer.stderr
     for word in named: assert word in errors[0]
     assert "Traceback" not in answer.stdout + answer.stderr
+
+LOGGED = {"import_data_logger": {"import started", "import done"}, "train_model_logger": {"fold", "registered"},
+          "test_model_logger": {"measured", "predicted"}}
+
+@pytest.mark.parametrize("name", LOGGED)
+def test_the_logs_tell_what_was_done(name: str, finished: Path, env: dict[str, str]) -> None:
+    found = [json.loads(line) for line in (Path(env["RAKUTEN_LOG_DIR"]) / f"{name}.log").read_text(encoding="utf-8").splitlines()]
+    assert all({"time", "level", "logger", "message"} <= set(line) for line in found)
+    assert LOGGED[name] <= {line["message"] for line in found}

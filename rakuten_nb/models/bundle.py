@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import sklearn.feature_extraction.text  # noqa: F401 - a second that belongs to starting, not to loading a bundle
 
+from ..config import get_logger
 from ..console import progress
 from ..data.catalog import Products, Quarantined, safe_cell
 from ..data.clean import clean_text
@@ -251,3 +252,5 @@ def write_predictions(
         w.writeheader()
         for pid, iid, p in zip(products.productid, products.imageid, predictions, strict=True):
             w.writerow({k: safe_cell(v) for k, v in prediction_cells(pid, iid, p, pictures.get((pid, iid), "")).items()})
+    get_logger("test_model_logger").info("predicted", extra={"file": path.name, "rows": len(products), "without_answer": int((~predictions.seen).sum()),
+                                                             "to_review": int(predictions.needs_review.sum())})

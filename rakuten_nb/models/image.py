@@ -6,7 +6,8 @@
 __all__ = ['WHITE', 'View', 'ENLARGED', 'BICUBIC', 'VIEWS', 'PREPARATION', 'KEEP_EVERY', 'trim_white', 'centre', 'network_input',
            'worker_map', 'processors', 'onnx_session', 'PreparedPicture', 'Embedder', 'pack_vector', 'unpack_vector',
            'open_cache', 'move_damaged', 'read_vectors', 'write_vectors', 'EmbeddingCache', 'embed_new',
-           'embed_pictures', 'fit_softmax', 'softmax_rows', 'SoftmaxHead', 'fit_head', 'ImageExpert']
+           'embed_pictures', 'fit_softmax', 'softmax_rows', 'SoftmaxHead', 'fit_head', 'check_image_params',
+           'ImageExpert']
 
 # %% ../../nbs/models/23_image.ipynb #4d332ec7
 import hashlib
@@ -68,9 +69,10 @@ def network_input(
     raw: bytes, # a picture file
     side: int, # pixels that the network wants
     view: str = "trimmed", # a key of `VIEWS`
+    max_pixels: int = 50_000_000, # a picture with more is refused before it is decoded
 ) -> np.ndarray: # (1, side, side, 3) float32, RGB 0..255
     "A picture as the network is shown it; raises `PictureError`."
-    image = decode_picture(raw, min_side=round(side * ENLARGED))
+    image = decode_picture(raw, min_side=round(side * ENLARGED), max_pixels=max_pixels)
     return np.asarray(VIEWS[view](image, side), np.float32)[None]
 
 # %% ../../nbs/models/23_image.ipynb #23954309
@@ -117,8 +119,10 @@ class Embedder:
         graph: bytes, # ONNX: picture (n, side, side, 3) RGB 0..255 -> features (n, d)
         view: str = "trimmed", # a key of `VIEWS`
         workers: int | None = None, # threads; as many as processors by default
+        max_pixels: int | None = None, # a picture with more is refused; the settings' by default
     ):
         self.graph, self.view, self.workers = graph, view, workers or processors()
+        self.max_pixels = max_pixels or read_settings().rakuten_max_pixels # asked once, not for every picture
         self.key = f"{hashlib.sha256(graph).hexdigest()}-{view}-{PREPARATION}" # what a vector depends on beside its picture
 
     @cached_property
@@ -131,15 +135,24 @@ class Embedder:
         "How many features a picture has."
         return int(self.session.get_outputs()[0].shape[1])
 
+    @property
+    def side(self) -> int: # pixels
+        "How large a picture the graph wants."
+        return int(self.session.get_inputs()[0].shape[1])
+
+    @property
+    def preparation(self) -> str:
+        "What a picture goes through before it is shown: the same name, the same pixels, also for another expert."
+        return f"{self.view} {self.side}"
+
     def shown(self, raw: bytes) -> dict[str, np.ndarray]: # one array (1, side, side, 3)
         "What the network is shown of a picture, by the name of its preparation; raises `PictureError`."
-        side = int(self.session.get_inputs()[0].shape[1])
-        return {f"{self.view} {side}": network_input(raw, side, self.view)}
+        return {self.preparation: network_input(raw, self.side, self.view, self.max_pixels)}
 
     def vector(self, raw: bytes) -> np.ndarray: # (d,) float32
         "The features of one picture file; raises `PictureError`."
         ready = raw.inputs.result() if isinstance(raw, PreparedPicture) else {}
-        picture = ready.get(f"{self.view} {self.session.get_inputs()[0].shape[1]}")
+        picture = ready.get(self.preparation)
         if picture is None: (picture,) = self.shown(raw).values()
         return np.asarray(self.session.run(None, {"picture": picture})[0][0])
 
@@ -356,6 +369,17 @@ def fit_head(
     return SoftmaxHead(w.astype(np.float32), (b - mean @ w).astype(np.float32), classes, len(x))
 
 # %% ../../nbs/models/23_image.ipynb #fb82bf02
+def check_image_params(
+    params: dict[str, Any], # of an `ImageExpert`
+) -> None:
+    "Raise `InputError` naming the parameter that does not fit, before any product is read or any weights are downloaded."
+    from rakuten_nb.models.backbone import find_backbone
+    find_backbone(params["backbone"], params["weights"])
+    view, C = params["view"], params["C"]
+    if view not in list(VIEWS): raise InputError(f"image.experts.image.view: expected one of {', '.join(VIEWS)}; found {view!r}")
+    if type(C) not in (int, float) or not 0 < C < float("inf"): raise InputError(f"image.experts.image.C: expected a number above 0; found {C!r}")
+
+# %% ../../nbs/models/23_image.ipynb #dd0187b7
 class ImageExpert(Expert):
     "Product types from pictures: a frozen backbone and a softmax head."
     name: ClassVar[str] = "image"
@@ -363,21 +387,22 @@ class ImageExpert(Expert):
 
     def __init__(self,
         backbone: str = "efficientnet_lite0", # a key of `BACKBONES`
+        weights: str = "imagenet", # or, where the backbone is not the default: none (random), or the path of a file
         C: float = 0.02, # inverse strength of the head's regularisation
         view: str = "trimmed", # a key of `VIEWS`
         standardise: bool = False, # whether the head learns from standardised features
         cache_dir: Path | None = None, # where graphs and embeddings are kept; the settings' by default
     ):
-        super().__init__(backbone=backbone, C=C, view=view, standardise=standardise)
-        if view not in VIEWS: raise InputError(f"view {view!r} is not known; expected {', '.join(VIEWS)}")
-        self.cache_dir: Path | None = cache_dir or read_settings().cache_dir
+        super().__init__(backbone=backbone, weights=weights, C=C, view=view, standardise=standardise)
+        check_image_params(self.params)
+        self.cache_dir: Path | None = Path(cache_dir or read_settings().cache_dir)
 
     @cached_property
     def embedder(self) -> Embedder: # on the exported graph
         "What computes the features."
         from rakuten_nb.models.backbone import backbone_onnx
         folder = self.cache_dir or read_settings().cache_dir
-        return Embedder(backbone_onnx(folder, self.params["backbone"]).read_bytes(), self.params["view"])
+        return Embedder(backbone_onnx(folder, self.params["backbone"], self.params["weights"]).read_bytes(), self.params["view"])
 
     def sees(self, products: Products) -> np.ndarray: # (n,) bool
         return products.has_picture
@@ -403,7 +428,8 @@ class ImageExpert(Expert):
     @classmethod
     def load(cls, folder: Path) -> Self: # caches nothing until a `cache_dir` is set
         meta, arrays = load_state(folder)
-        expert = cls(**meta["params"])
+        expert = cls.__new__(cls) # what its graph was made of, such as a file of weights, need not be here
+        Expert.__init__(expert, **meta["params"])
         expert.cache_dir, expert.learned = None, SoftmaxHead(**arrays, n_train=meta["n_train"])
         expert.embedder = Embedder((folder / "backbone.onnx").read_bytes(), meta["params"]["view"])
         return expert

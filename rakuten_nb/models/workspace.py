@@ -23,7 +23,7 @@ from ..data.split import Split
 from ..errors import InputError
 from ..files import atomic_folder
 from .experts import expert_class
-from .training import ExpertRun, Judgement
+from .training import CURVE, ExpertRun, Judgement, curve_frame
 from ..taxonomy import CODES
 
 # %% ../../nbs/models/27_workspace.ipynb #4473aee2
@@ -123,6 +123,7 @@ def save_runs(
             (place := folder / name / "expert").mkdir(parents=True)
             run.expert.save(place)
             save_arrays(folder / name / "said.npz", sees=run.sees, oof=run.oof, gold=run.gold, temperature=np.array(run.temperature))
+            if len(run.curves): run.curves.to_csv(folder / name / "curves.csv", index=False, lineterminator="\n")
 
 def load_runs(
     folder: Path, # written by `save_runs`
@@ -130,11 +131,12 @@ def load_runs(
     "Read the experts of one stage and what they said; none where the stage trained none."
     names = sorted(p.parent.name for p in folder.glob("*/said.npz"))
     def run(name: str) -> ExpertRun:
-        a = load_arrays(folder / name / "said.npz")
-        return ExpertRun(expert_class(name).load(folder / name / "expert"), a["sees"], a["oof"], a["gold"], float(a["temperature"]))
+        a, curves = load_arrays(folder / name / "said.npz"), folder / name / "curves.csv"
+        drawn = pd.read_csv(curves, dtype=CURVE) if curves.exists() else curve_frame([])
+        return ExpertRun(expert_class(name).load(folder / name / "expert"), a["sees"], a["oof"], a["gold"], float(a["temperature"]), drawn)
     return {name: run(name) for name in names}
 
-# %% ../../nbs/models/27_workspace.ipynb #90ef8bd9
+# %% ../../nbs/models/27_workspace.ipynb #5eb0e6f9
 def save_judgement(
     j: Judgement,
     out: Path,
@@ -151,7 +153,7 @@ def load_judgement(
     per = lambda kind: {k.partition(".")[2]: v for k, v in a.items() if k.startswith(f"{kind}.")}
     return Judgement(a["y"], a["fold"], a["scored"], a["is_gold"], per("sees"), per("probs"), a["fused"])
 
-# %% ../../nbs/models/27_workspace.ipynb #5a64cbaa
+# %% ../../nbs/models/27_workspace.ipynb #2914002d
 def answers_frame(
     ws: Workspace,
     n: int = 5, # products
