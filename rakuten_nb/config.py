@@ -61,6 +61,8 @@ class SharedSettings(BaseSettings):
     "Who logs in at the MLflow server, where it asks."
     mlflow_tracking_password: SecretStr | None = None
     "The password of MLFLOW_TRACKING_USERNAME."
+    rakuten_model_uri: str | None = None
+    "Serve this model of the registry, such as models:/rakuten-product-type@champion; RAKUTEN_BUNDLE, where it is set, beats it."
     dagshub_username: str | None = None
     "With DAGSHUB_TOKEN: runs are mirrored on DagsHub too. A mirror that is away never breaks a run."
     dagshub_token: SecretStr | None = None
@@ -112,9 +114,6 @@ class Settings(SharedSettings):
     "A picture sent to the API may have this many MiB."
     rakuten_max_text_kb: int = Field(256, gt=0)
     "Title and description sent to the API may have this many KiB together."
-    rakuten_model_uri: str | None = None
-    "Serve this model of the registry, such as models:/rakuten-product-type@champion; RAKUTEN_BUNDLE, where it is set, beats it."
-
     paths: ClassVar[tuple[str, ...]] = ("rakuten_data_dir", "rakuten_log_dir", "rakuten_bundle")
 
     def model_post_init(self, context: Any) -> None:

@@ -158,7 +158,8 @@ class Teacher:
         expert.part = f"fold {fold}" if fold.isdigit() else fold
         expert.watched = None if watched is None else (self.features(watched), self.y[watched])
         expert.fit(self.features(rows), self.y[rows], self.seed)
-        expert.watched, told = None, {"expert": expert.name, "fold": fold}
+        expert.watched = None
+        told: dict[str, Any] = {"expert": expert.name, "fold": fold}
         for row in expert.history: get_logger("train_model_logger").info("epoch", extra=told | row)
         self.curves += [{"fold": fold, **row} for row in expert.history]
         return told | {"taught": int(rows.sum()), "seconds": round(time.monotonic() - began, 3)}
