@@ -170,9 +170,10 @@ def one_line(answer: "subprocess.CompletedProcess[str]") -> str:
 def test_a_refused_download_says_what_to_set(few_pictures: Path, rakuten: Run, refusing_proxy: tuple[str, list[bytes]], tmp_path: Path) -> None:
     url, asked = refusing_proxy
     proxied = {"HTTPS_PROXY": url, "https_proxy": url} | {"NO_PROXY": "", "no_proxy": "", "KERAS_HOME": str(tmp_path / "keras")}
-    answer = rakuten("train", few_pictures, "--bundle", tmp_path / "bundle", "--experts", "image",
+    answer = rakuten("train", few_pictures, "--bundle", tmp_path / "bundle", "--experts", "text,image",
                      "--params", params(tmp_path, backbone="vgg16", weights="imagenet"), extra=proxied)
     line = one_line(answer)
+    assert "text_linear" not in answer.stderr, "asked for before anything learns"
     assert asked and asked[0].startswith(b"CONNECT storage.googleapis.com:443")
     assert "weights of vgg16 cannot be downloaded from storage.googleapis.com" in line and "403" in line
     for what in ("image.experts.image.weights", "the path of a file", "none", "backbone: efficientnet_lite0"): assert what in line

@@ -27,6 +27,7 @@ import numpy as np
 from ..errors import InputError
 from ..files import atomic_file, file_hash
 from .applications import APPLICATIONS, IMAGENET, PARAMETER, application_keras, check_weights, weights_key
+from .networks import KERAS_ENVIRONMENT
 
 # %% ../../nbs/models/23a_backbone.ipynb #9390c43b
 class TensorSlot(NamedTuple):
@@ -155,8 +156,7 @@ def expand_stages(
 # %% ../../nbs/models/23a_backbone.ipynb #28de3496
 def quiet_tensorflow() -> None:
     "Ask TensorFlow, before it is imported, to say less and to compute in one order of additions; a choice already made stays."
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    for name, value in KERAS_ENVIRONMENT.items(): os.environ.setdefault(name, value)
 
 # %% ../../nbs/models/23a_backbone.ipynb #27130e44
 SIDE = 224 # the picture's side that the network was trained for

@@ -59,6 +59,10 @@ class Expert(ABC):
     def load(cls, folder: Path) -> Self:
         "Read it back, without pickle and without the libraries that trained it."
 
+    def prepare(self) -> None:
+        "Fetch whatever it needs beside products: asked first of all, so that what cannot be had is known before hours of training."
+        return
+
     def picture_inputs(self, raw: bytes) -> dict[str, np.ndarray]: # what is shown → array; raises `PictureError`
         "The part of `embed` that needs a picture's pixels; a service lets other threads do it meanwhile."
         return {}

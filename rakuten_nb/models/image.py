@@ -407,6 +407,9 @@ class ImageExpert(Expert):
     def sees(self, products: Products) -> np.ndarray: # (n,) bool
         return products.has_picture
 
+    def prepare(self) -> None:
+        _ = self.embedder # its graph is exported, and the weights of that downloaded, unless they were before
+
     def picture_inputs(self, raw: bytes) -> dict[str, np.ndarray]: # one array (1, side, side, 3)
         return self.embedder.shown(raw)
 

@@ -211,7 +211,9 @@ def run_experts(
     seed: int = 0,
     keep_gold: bool = False,
 ) -> dict[str, ExpertRun]: # without the experts that see too little to learn from
-    "Each expert in turn."
+    "Each expert in turn; first of all, that each has what it needs."
+    for name, params in experts.items():
+        if (expert := make_expert(name, params or {})).sees(products).any(): expert.prepare()
     runs = {name: run_expert(partial(make_expert, name, params or {}), products, split, seed, keep_gold) for name, params in experts.items()}
     for name, run in runs.items():
         if run is None: get_logger("train_model_logger").warning("expert left out", extra={"expert": name, "reason": "sees fewer than two product types"})
