@@ -138,8 +138,8 @@ test: .venv/.installed ## every notebook, then every fast test; names what a ski
 	exit $$((notebooks + tests))
 
 .PHONY: test-services
-test-services: .venv/.installed ## tests that start a browser, a database, a broker
-	@$(PYTEST) -m services $(OR_NONE)
+test-services: .venv/.installed ## tests that start a database, a broker, a registry, a queue of experiments
+	@$(PYTEST) -m services -n auto --dist loadfile $(OR_NONE)
 
 .PHONY: test-all
 test-all: test test-services .venv/.installed ## the same and the heavy tests

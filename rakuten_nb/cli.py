@@ -105,6 +105,7 @@ def download(
     from rakuten_nb.data.download import download_catalog
     if only not in {None, "text", "images"}: raise InputError(f"--only: expected text or images; found {only!r}")
     for name, what in download_catalog(out, only, base_url).items(): out_console().print(f"{name}: {_plain(what)}", soft_wrap=True)
+    out_console().print(f"{_plain(str(out))}: `rakuten-nb check` tells what is in it", soft_wrap=True)
 
 # %% ../nbs/60_cli.ipynb #64d3eb25
 @app.command()

@@ -13,6 +13,7 @@ import yaml
 from conftest import once
 from pipeline_copy import Tell, ran
 
+pytestmark = pytest.mark.services # of DVC's queue, and by the minutes they take
 WAIT = 180 # seconds for the queue
 C, PRIOR = "text.experts.text_linear.C", "fuse.prior_precision"
 QUIETLY = "import subprocess, sys; sys.exit(subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode)"

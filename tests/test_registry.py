@@ -54,10 +54,11 @@ def test_the_pipeline_ends_with_a_champion(finished: Path, tell: Tell) -> None:
     assert listed(tell, project) == {"1": "champion"}
     assert "champion" in tell(project, "rakuten-nb", "summary").stdout
 
+@pytest.mark.services
 def test_a_change_makes_a_challenger_an_experiment_none(own: Path, tell: Tell, register: Register) -> None:
     register(own)
     change(own, image={"experts": {}})
-    answer = tell(own, "dvc", "repro")
+    answer = tell(own, "dvc", "repro", "register")
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert listed(tell, own) == {"2": "challenger", "1": "champion"}
     change(own, seed=1)
@@ -103,6 +104,7 @@ def test_mlflow_away_is_one_line_and_caught_up_with(own: Path, tell: Tell, regis
     register(own)
     assert listed(tell, own) == {"1": "champion"}
 
+@pytest.mark.services
 def test_the_api_serves_what_the_registry_holds(own: Path, tell: Tell, register: Register, env: dict[str, str], tmp_path: Path) -> None:
     register(own)
     first = version_of(own)
@@ -111,7 +113,7 @@ def test_the_api_serves_what_the_registry_holds(own: Path, tell: Tell, register:
         api.add_users(root="admin")
         assert api.wait_until("/ready", {200}).json()["model_version"] == first
         change(own, image={"experts": {}})
-        assert tell(own, "dvc", "repro").returncode == 0
+        assert tell(own, "dvc", "repro", "register").returncode == 0
         promote = f"with open_tracking() as m: m.MlflowClient().set_registered_model_alias('{MODEL}', 'champion', 2)"
         assert tell(own, "python", "-c", f"from rakuten_nb.evaluation.tracking import open_tracking\n{promote}").returncode == 0
         token = api.client.post("/token", data={"username": "root", "password": PASSWORD}).json()["access_token"]

@@ -148,7 +148,7 @@ def versions_frame(
     "The registered versions with their aliases and what they scored."
     with open_tracking(settings) as mlflow:
         called = aliases(mlflow, name)
-        return pd.DataFrame([{"version": v.version, "alias": ", ".join(a for a, n in called.items() if n == str(v.version)),
+        return pd.DataFrame([{"version": int(v.version), "alias": ", ".join(a for a, n in called.items() if n == str(v.version)),
                               "model": v.tags.get("bundle", "")[:12],
                               "weighted F1 on gold": v.tags.get("gold_weighted_f1", ""), "commit": v.tags.get("commit", "")[:12],
                               "registered": f"{pd.Timestamp(v.creation_timestamp, unit='ms'):%Y-%m-%d %H:%M} UTC"} for v in all_versions(mlflow, name)])
