@@ -404,14 +404,11 @@ class ImageExpert(Expert):
         folder = self.cache_dir or read_settings().cache_dir
         return Embedder(backbone_onnx(folder, self.params["backbone"], self.params["weights"]).read_bytes(), self.params["view"])
 
-    def sees(self, products: Products) -> np.ndarray: # (n,) bool
-        return products.has_picture
+    def sees(self, products: Products) -> np.ndarray: return products.has_picture # (n,) bool
 
-    def prepare(self) -> None:
-        _ = self.embedder # its graph is exported, and the weights of that downloaded, unless they were before
+    def prepare(self) -> None: _ = self.embedder # its graph is exported, and the weights of that downloaded, unless they were before
 
-    def picture_inputs(self, raw: bytes) -> dict[str, np.ndarray]: # one array (1, side, side, 3)
-        return self.embedder.shown(raw)
+    def picture_inputs(self, raw: bytes) -> dict[str, np.ndarray]: return self.embedder.shown(raw) # one array (1, side, side, 3)
 
     def embed(self, products: Products) -> np.ndarray: # (n, d) float32, NaN where no picture can be read
         return embed_pictures(self.embedder, list(products.picture), self.cache_dir)
