@@ -224,7 +224,7 @@ def summary(products: Annotated[int, typer.Option(min=0, help="How many classifi
     for split in ("test", "train"):
         if len(answers := answers_frame(ws, products, split)): break
     con.print(rich_table(answers, f"Products of the {split} catalogue"))
-    if found := load_registered(ws): con.print(f"{found}\n")
+    if found := load_registered(ws): con.print(f"{found} (in {_plain(found.tracking_uri)})\n", soft_wrap=True)
     con.print(NEXT.format(bundle=ws.bundle.relative_to(ws.root), raw=ws.raw.relative_to(ws.root), rows=meta["data"]["rows"]))
 
 NEXT = """What to do next:
@@ -273,7 +273,7 @@ def model_list() -> None:
     "The registered versions, the newest first, with their aliases and figures."
     from rakuten_nb.evaluation.tracking import versions_frame
     found = versions_frame()
-    out_console().print(rich_table(found) if len(found) else "no model is registered yet; `dvc repro` registers the one it makes")
+    out_console().print(rich_table(found) if len(found) else "no model is registered there yet; `rakuten-nb stage register` registers the one in models/bundle")
 
 # %% ../nbs/60_cli.ipynb #2c1616e4
 @app.command("log-model")
@@ -297,7 +297,7 @@ def serve(
 ) -> None:
     "Serve the API until it is stopped."
     from rakuten_nb.config import ensure_secret_key
-    from rakuten_nb.evaluation.tracking import check_model_uri
+    from rakuten_nb.serving.origin import RegistryOrigin
     from rakuten_nb.serving.security import signing_key
     from rakuten_nb.serving.store import list_users
     if make_secret and ensure_secret_key(): err_console().print("wrote a random SECRET_KEY into .env")
@@ -307,7 +307,8 @@ def serve(
     if model_uri:
         settings = settings.model_copy(update={"rakuten_model_uri": model_uri})
         settings.model_fields_set.discard("rakuten_bundle") # what is typed beats what is set
-    if settings.served_uri: check_model_uri(settings.served_uri)
+    if settings.served_uri and (trouble := RegistryOrigin(settings.served_uri).trouble()):
+        err_console().print(f"[yellow]worth knowing:[/] {_plain(trouble)}; what was served before is served, if anything was", soft_wrap=True)
     signing_key(settings)
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

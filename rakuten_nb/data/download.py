@@ -664,6 +664,7 @@ def download_folder(
 ) -> Iterator[None]:
     "Keep a folder for one download at a time; a folder in which nothing arrived disappears again."
     stage = out / ".download"
+    if out.exists() and not out.is_dir(): raise InputError(f"{out}: expected a folder, or nothing; found a file")
     if out.is_dir() and not stage.is_dir() and any(out.iterdir()):
         raise InputError(f"{out}: expected a new or empty folder, or one of an earlier download; found something else in it")
     check_writable(out)

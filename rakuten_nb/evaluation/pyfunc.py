@@ -39,7 +39,7 @@ def answers_frame(
     "Answers as a table, their probabilities in full."
     rows = [{"productid": pid, "imageid": iid, "prdtypecode": p.prdtypecode, "name": p.name, "name_en": p.name_en, "confidence": p.confidence,
              "needs_review": p.needs_review, "top5": " ".join(f"{c}:{v:.9f}" for c, v in p.top5),
-             "experts": " ".join(f"{e}:{s:.3f}" for e, s in p.experts.items()), "error": p.error and (why or p.error)}
+             "experts": " ".join(f"{e}:{s:.3f}" for e, s in p.experts.items()), "error": why or p.error}
             for pid, iid, p, why in zip(products.productid, products.imageid, found, reasons, strict=True)]
     columns = ["productid", "imageid", "prdtypecode", "name", "name_en", "confidence", "needs_review", "top5", "experts", "error"]
     return pd.DataFrame(rows, columns=columns).astype({"prdtypecode": "Int64", "confidence": "float64", "needs_review": "bool"})

@@ -74,7 +74,7 @@ def model_signature() -> Any: # mlflow.models.ModelSignature
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, Schema
     from mlflow.types.schema import AnyType
-    given = [ColSpec(AnyType(), name, required=False) for name in ("designation", "description", "productid", "imageid")]
+    given = [ColSpec(AnyType(), name, required=name == "designation") for name in ("designation", "description", "productid", "imageid")]
     texts = ("productid", "imageid", "name", "name_en", "top5", "experts", "error")
     answers = [*(ColSpec("string", name) for name in texts), ColSpec("long", "prdtypecode", required=False), ColSpec("double", "confidence"),
                ColSpec("boolean", "needs_review")]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODEL_NAME', 'CHAMPION', 'CHALLENGER', 'REASONS', 'DEFAULTS', 'BUNDLE_PATH', 'TrackingAway', 'plain_uri',
            'one_reason', 'import_mlflow', 'check_uri', 'experiment_id', 'open_tracking', 'all_versions', 'aliases',
-           'versions_frame', 'check_model_uri', 'unknown_model', 'pull_bundle']
+           'versions_frame', 'check_model_uri', 'unknown_model', 'check_registered', 'pull_bundle']
 
 # %% ../../nbs/evaluation/34_tracking.ipynb #134f524c
 import logging
@@ -39,19 +39,24 @@ REASONS = {"Connection refused": "connection refused", "Name or service not know
            "timed out": "it took too long", "401": "it refuses these credentials (MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD)",
            "403": "it refuses these credentials (MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD)",
            "error code 404": "there is no MLflow server at this address", "unable to open database file": "the database file cannot be opened",
-           "out-of-date database schema": "its database is of another version of MLflow: `mlflow db upgrade` brings it up to date"}
+           "out-of-date database schema": "its database is of another version of MLflow: `mlflow db upgrade` brings it up to date",
+           "file is not a database": "this file is no SQLite database", "readonly database": "the database cannot be written"}
 
 def plain_uri(
     uri: str, # of a server or a database
 ) -> str: # without user and password
-    "An address that may be shown."
-    return re.sub(r"//[^/@]*@", "//", uri)
+    "An address that may be shown; a password may hold any sign, also one that has a meaning in addresses."
+    scheme, mark, rest = uri.partition("//")
+    return uri if scheme == "sqlite:" else scheme + mark + rest.rpartition("@")[2].partition("?")[0]
 
 def one_reason(
     error: BaseException, # by MLflow or what it uses
+    uri: str = "", # where it was looked for, which may stand in the error
 ) -> str: # a few words
     "The last link of a chain of exceptions."
     text = " ".join(str(error).split())
+    if uri: text = text.replace(uri, plain_uri(uri))
+    if secret := uri.partition("//")[2].rpartition("@")[0]: text = text.replace(secret, "…")
     known = next((said for sign, said in REASONS.items() if sign in text), None)
     return known or re.sub(r"//[^/@ ]*@", "//", text)[:200] or type(error).__name__
 
@@ -73,9 +78,10 @@ def check_uri(
     uri: str, # of a server or a database
 ) -> str: # the same
     "Raise `InputError` where runs cannot be kept there."
-    parts = urlsplit(uri)
-    if parts.scheme not in ("http", "https", "sqlite", "postgresql", "postgresql+psycopg", "postgresql+psycopg2", "mysql", "mysql+pymysql"):
-        raise InputError(f"setting MLFLOW_TRACKING_URI: expected http(s)://host:port or sqlite:///FILE; found {plain_uri(uri)!r}")
+    try: parts = urlsplit(uri)
+    except ValueError: parts = urlsplit("") # such as http://[::1
+    is_server, is_file = parts.scheme in ("http", "https") and parts.hostname, parts.scheme == "sqlite" and parts.path.strip("/") not in ("", ":memory:")
+    if not is_server and not is_file: raise InputError(f"setting MLFLOW_TRACKING_URI: expected http(s)://host:port or sqlite:///FILE; found {plain_uri(uri)!r}")
     return uri
 
 # %% ../../nbs/evaluation/34_tracking.ipynb #0b00eb61
@@ -116,7 +122,7 @@ def open_tracking(
         mlflow.set_experiment(experiment_id=experiment_id(mlflow, settings.mlflow_experiment_name))
         yield mlflow
     except (mlflow.exceptions.MlflowException, RequestException, SQLAlchemyError, OSError) as e:
-        raise TrackingAway(f"MLflow at {plain_uri(where)}: {one_reason(e)}") from e
+        raise TrackingAway(f"MLflow at {plain_uri(where)}: {one_reason(e, where)}") from None # the chain below it may hold a password
     finally:
         for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID"):
             if name in before: os.environ[name] = before[name]
@@ -160,7 +166,7 @@ def check_model_uri(
     uri: str, # such as models:/rakuten-product-type@champion
 ) -> str: # the same
     "Raise `InputError` on an address that names no model."
-    if not re.fullmatch(r"models:/[^/@\s]+(@[^/@\s]+|/\d+)?|runs:/\w+/\S+", uri):
+    if not re.fullmatch(r"models:/[^/@\s]+(@[^/@\s]+|/\d+)|runs:/\w+/\S+", uri):
         raise InputError(f"model URI {uri!r}: expected models:/NAME@ALIAS, models:/NAME/VERSION or runs:/RUN/bundle")
     return uri
 
@@ -171,10 +177,25 @@ def unknown_model(
     "What to say of a model that is not there: which ones are."
     if uri.startswith("runs:"): return InputError(f"{uri}: there is no such run, or nothing of that name in it, at {plain_uri(mlflow.get_tracking_uri())}")
     name = re.split("[/@]", uri.removeprefix("models:/"))[0]
-    known = [f"models:/{name}@{alias}" for alias in aliases(mlflow, name)] or [f"models:/{m.name}" for m in mlflow.search_registered_models()]
+    known = [f"models:/{name}@{alias}" for alias in aliases(mlflow, name)] or [f"models:/{m.name}@{a}" for m in mlflow.search_registered_models() for a in m.aliases]
     return InputError(f"{uri}: is not registered at {plain_uri(mlflow.get_tracking_uri())}; registered: {', '.join(known) or 'nothing yet'}")
 
 # %% ../../nbs/evaluation/34_tracking.ipynb #e14de002
+def check_registered(
+    uri: str, # such as models:/rakuten-product-type@champion
+    settings: Settings | None = None, # of the environment by default
+) -> None:
+    "Raise `InputError` where there is no such version, `TrackingAway` where that cannot be told; a run is asked for when it is fetched."
+    if check_model_uri(uri).startswith("runs:"): return
+    _, name, sign, which = re.split(r"^models:/([^/@]+)([@/])", uri)
+    with open_tracking(settings) as mlflow:
+        client = mlflow.MlflowClient()
+        try: _ = client.get_model_version_by_alias(name, which) if sign == "@" else client.get_model_version(name, which)
+        except mlflow.exceptions.MlflowException as e:
+            if e.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"): raise
+            raise unknown_model(mlflow, uri) from None
+
+# %% ../../nbs/evaluation/34_tracking.ipynb #b25492a8
 def pull_bundle(
     uri: str, # such as models:/rakuten-product-type@champion
     out: Path, # the folder to make or replace

@@ -138,7 +138,7 @@ def explained(
         text = " ".join(str(error).split()) or codes[0]
         for name in ("access_key_id", "secret_access_key", "session_token"):
             if hidden := remote.options.get(name): text = text.replace(hidden, "…")
-    else: text = text.format(code=code, bucket=remote.bucket, admitted_by=remote.admitted_by, named_by=remote.named_by)
+    else: text = text.format(code=code, bucket=remote.bucket.rpartition("@")[2], admitted_by=remote.admitted_by, named_by=remote.named_by)
     return kind(f"{remote}: {before}{text}")
 
 # %% ../../nbs/operations/56_remote.ipynb #af7dfdb7
