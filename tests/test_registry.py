@@ -95,12 +95,12 @@ def test_a_model_is_pulled(own: Path, tell: Tell, register: Register, tmp_path: 
     assert not (tmp_path / "other").exists()
 
 def test_mlflow_away_is_one_line_and_caught_up_with(own: Path, tell: Tell, register: Register) -> None:
-    before, nobody = version_of(own), f"http://marie:hu/sh@127.0.0.1:{free_port()}"
+    before, nobody = version_of(own), f"http://marie:hush@127.0.0.1:{free_port()}"
     answer = register(own, 1, MLFLOW_TRACKING_URI=nobody, MLFLOW_HTTP_REQUEST_MAX_RETRIES="0")
     errors = [line for line in answer.stderr.splitlines() if "error" in line.lower()]
     assert len(errors) == 1 and "TrackingAway: MLflow at http://127.0.0.1:" in errors[0] and "connection refused" in errors[0]
-    assert "Traceback" not in answer.stdout + answer.stderr and "hu/sh" not in answer.stdout + answer.stderr
-    assert "hu/sh" not in (own / "reports/runs/70_register.ipynb").read_text(encoding="utf-8"), "the executed notebook tells it neither"
+    assert "Traceback" not in answer.stdout + answer.stderr and "hush" not in answer.stdout + answer.stderr
+    assert "hush" not in (own / "reports/runs/70_register.ipynb").read_text(encoding="utf-8"), "the executed notebook tells it neither"
     assert version_of(own) == before
     register(own)
     assert listed(tell, own) == {"1": "champion"}

@@ -177,7 +177,8 @@ def unknown_model(
     "What to say of a model that is not there: which ones are."
     if uri.startswith("runs:"): return InputError(f"{uri}: there is no such run, or nothing of that name in it, at {plain_uri(mlflow.get_tracking_uri())}")
     name = re.split("[/@]", uri.removeprefix("models:/"))[0]
-    known = [f"models:/{name}@{alias}" for alias in aliases(mlflow, name)] or [f"models:/{m.name}@{a}" for m in mlflow.search_registered_models() for a in m.aliases]
+    known = [f"models:/{name}@{alias}" for alias in aliases(mlflow, name)]
+    known = known or [f"models:/{m.name}@{alias}" for m in mlflow.search_registered_models() for alias in m.aliases]
     return InputError(f"{uri}: is not registered at {plain_uri(mlflow.get_tracking_uri())}; registered: {', '.join(known) or 'nothing yet'}")
 
 # %% ../../nbs/evaluation/34_tracking.ipynb #e14de002
