@@ -58,7 +58,7 @@ serve: .venv/.installed ## the API on 127.0.0.1:8000 (PORT=…), with the model 
 .PHONY: mlflow
 mlflow: .venv/.installed ## runs and registered models in a browser, on 127.0.0.1:5000 (MLFLOW_PORT=…)
 	@echo "http://127.0.0.1:$(MLFLOW_PORT) shows mlflow.db; Ctrl-C ends it"
-	@$(BIN)/mlflow server --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port $(MLFLOW_PORT) --workers 1
+	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port $(MLFLOW_PORT) --workers 1
 
 .PHONY: lab
 lab: .venv/.installed ## the notebooks in JupyterLab; a saved notebook is cleaned at once
