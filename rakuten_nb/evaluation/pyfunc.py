@@ -18,15 +18,17 @@ def frame_products(
     frame: pd.DataFrame, # any of the columns `INPUTS`
 ) -> tuple[Any, list[str]]: # Products, and for each why its picture was set aside ("" where it was not)
     "Products from a table; a picture that cannot be read is set aside, and the product keeps its text."
+    from rakuten_nb.config import read_settings
     from rakuten_nb.data.catalog import make_products
     from rakuten_nb.data.picture import PictureError, decode_picture
+    limit = read_settings().rakuten_max_pixels
     def column(name: str) -> list[Any]: return [None if c is None or c is pd.NA or c != c else c for c in frame[name]] if name in frame else [None] * len(frame)
     text = lambda name: ["" if c is None else str(c) for c in column(name)]
     pictures, reasons = column("image"), [""] * len(frame)
     for i, raw in enumerate(pictures):
         if raw is None: continue
         if not isinstance(raw, bytes): raise TypeError(f"column image, row {i}: expected the bytes of a picture file; found {type(raw).__name__}")
-        try: decode_picture(raw)
+        try: decode_picture(raw, max_pixels=limit)
         except PictureError as e: pictures[i], reasons[i] = None, f"picture: {e}"
     return make_products(text("designation"), text("description"), pictures, text("productid"), text("imageid")), reasons
 

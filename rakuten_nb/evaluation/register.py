@@ -21,7 +21,7 @@ from typing import Any
 import rakuten_nb
 from ..config import Settings, get_logger, read_settings
 from ..errors import RakutenError
-from .tracking import CHALLENGER, CHAMPION, MODEL_NAME, all_versions, open_tracking, plain_uri
+from .tracking import CHALLENGER, CHAMPION, MODEL_NAME, aliases, all_versions, open_tracking, plain_uri
 from ..files import atomic_file
 from ..models.bundle import verify_bundle
 from ..models.workspace import Workspace
@@ -99,12 +99,13 @@ def finished_run(
     mlflow: Any, # from `open_tracking`
     digest: str, # the bundle's hash
     experiment: str, # its name
+    as_model: bool = True, # one that can be registered; a mirror's holds plain files
 ) -> Any: # mlflow.entities.Run; None where there is none
     "The run that a bundle already has; unfinished ones are closed."
     found = mlflow.search_runs(experiment_names=[experiment], filter_string=f"tags.bundle = '{digest}'", output_format="list")
     for run in found:
         if run.info.status == "RUNNING": mlflow.MlflowClient().set_terminated(run.info.run_id, "KILLED")
-    return next((run for run in found if run.info.status == "FINISHED"), None)
+    return next((run for run in found if run.info.status == "FINISHED" and bool(run.outputs.model_outputs) >= as_model), None)
 
 def log_curves(
     mlflow: Any, # with an open run
@@ -161,9 +162,10 @@ def give_alias(
     made: Any, # of `make_version`
     name: str, # of the registered model
 ) -> str: # champion or challenger; empty where it was given before
-    "The first version ever is champion, a later one challenger; a version is named once."
+    "The first version to be named is champion, a later one challenger; a version is named once."
     if "named" in made.tags: return ""
-    alias = CHALLENGER if len(all_versions(mlflow, name)) > 1 else CHAMPION
+    later = CHAMPION in aliases(mlflow, name) or any("named" in v.tags for v in all_versions(mlflow, name))
+    alias = CHALLENGER if later else CHAMPION
     client = mlflow.MlflowClient()
     client.set_registered_model_alias(name, alias, made.version)
     client.set_model_version_tag(name, made.version, "named", alias)
@@ -217,7 +219,7 @@ def load_registered(ws: Workspace) -> Registered | None: # None where no bundle 
     except (OSError, ValueError, TypeError): return None
     return found if found.bundle == verify_bundle(ws.bundle)["self"] else None
 
-# %% ../../nbs/evaluation/34c_register.ipynb #d70b6489
+# %% ../../nbs/evaluation/34c_register.ipynb #22bcc698
 def mirror_address(
     settings: Settings,
 ) -> str | None: # of an MLflow server; None where no mirror is set, or it is where runs go anyway
@@ -236,7 +238,7 @@ def mirror_run(
     assert settings.dagshub_username and settings.dagshub_token
     try:
         with open_tracking(settings, where, (settings.dagshub_username, settings.dagshub_token.get_secret_value())) as mlflow:
-            if not finished_run(mlflow, meta["self"], settings.mlflow_experiment_name): log_run(mlflow, ws, meta, as_model=False)
+            if not finished_run(mlflow, meta["self"], settings.mlflow_experiment_name, as_model=False): log_run(mlflow, ws, meta, as_model=False)
         return f"mirrored at {where}"
     except RakutenError as e:
         get_logger("train_model_logger").warning("not mirrored", extra={"error": str(e)})
