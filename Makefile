@@ -178,12 +178,12 @@ hooks: .venv/.installed ## nbdev's git and Jupyter hooks: notebooks merge and sa
 lock: .venv/.installed ## requirements/*.txt from settings.ini; UPGRADE=--upgrade moves the pins
 	@set -e; compile() { name=$$1; shift; echo "requirements/$$name.txt"; \
 	  $(BIN)/uv pip compile setup.py --quiet --python-version 3.11 --no-header --no-annotate --strip-extras \
-	    --no-emit-index-url --no-emit-find-links --output-file "requirements/$$name.txt" "$$@"; }; \
+	    --no-emit-index-url --no-emit-find-links --override requirements/overrides.txt --output-file "requirements/$$name.txt" "$$@"; }; \
 	touch setup.py; `# or uv goes by what it read from it before settings.ini changed` \
 	compile all --all-extras $(UPGRADE); \
 	set -- --constraint requirements/all.txt --upgrade; \
 	compile serve "$$@"; \
-	compile dev --extra train --extra dev "$$@"; \
+	compile dev --extra train --extra lite2 --extra pretrained --extra transformer --extra dev "$$@"; \
 	compile ops --extra ops "$$@"; \
 	compile scale --extra scale "$$@"
 
@@ -214,7 +214,7 @@ distclean: clean ## remove everything that git does not keep, but for .env, data
 	fi
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	@echo "installing $$(grep -c == requirements/dev.txt) locked packages"
-	@$(INSTALL) --quiet -r requirements/dev.txt
+	@$(INSTALL) --quiet --no-deps -r requirements/dev.txt
 	@$(INSTALL) --quiet --no-deps --no-build-isolation -e .
 	@if [ -e .git ] && command -v git >/dev/null; then git config --local include.path ../.gitconfig 2>/dev/null || true; fi
 	@touch $@

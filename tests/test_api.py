@@ -298,7 +298,8 @@ def test_the_openapi_document(api: ApiProcess) -> None:
     assert {"200", "401", "413", "415", "422", "429", "503"} <= set(post["responses"]) and post["security"]
     assert all(list(post["responses"][s]["content"]) == ["application/problem+json"] for s in post["responses"] if s != "200")
     fields = post["requestBody"]["content"]["multipart/form-data"]["schema"]["properties"]
-    assert set(fields) == {"designation", "description", "product_identifier", "product_id", "imageid", "image"} and fields["designation"]["examples"]
+    assert set(fields) == {"designation", "description", "product_identifier", "product_id", "imageid", "image", "explain"}
+    assert fields["designation"]["examples"]
     assert document["components"]["securitySchemes"]["OAuth2PasswordBearer"]["flows"]["password"]["tokenUrl"] == "token"
 
 # --- starting, reloading, stopping
@@ -361,7 +362,7 @@ def test_replacing_the_bundle_disturbs_no_request(own_api: ApiProcess, sample_ca
     before = own_api.client.get("/status").json()["model_version"]
     shutil.rmtree(own_api.home / "bundle") # as DVC does before it runs a stage again
     time.sleep(0.5)
-    made = rakuten("train", sample_catalog, "--bundle", own_api.home / "bundle", "--experts", "text")
+    made = rakuten("train", sample_catalog, "--bundle", own_api.home / "bundle", "--experts", "text_linear")
     assert made.returncode == 0, made.stderr
     news = reloaded(own_api, admin)
     time.sleep(0.3)

@@ -23,7 +23,7 @@ from rakuten_nb.errors import InputError
 from rakuten_nb.models.applications import APPLICATIONS, WEIGHTS_URL, application_net, weights_file
 from rakuten_nb.models.backbone import BACKBONES, backbone_onnx, onnx_features
 from rakuten_nb.models.bundle import load_bundle
-from rakuten_nb.models.image import Embedder, ImageExpert
+from rakuten_nb.models.image import LAYOUT_WIDTH, Embedder, ImageExpert
 from rakuten_nb.models.training import read_params
 
 SMALL = "mobilenet_v3_small" # the quickest
@@ -65,7 +65,7 @@ def test_a_vgg16_is_trained_and_packed(vgg16: Path, few_pictures: Path) -> None:
     bundle, products = load_bundle(vgg16 / "bundle"), read_catalog(few_pictures).products
     seen = products[products.has_picture][:2]
     features = bundle.experts["image"].embed(seen)
-    assert features.shape == (2, 512) and np.isfinite(features).all() and (features[0] != features[1]).any()
+    assert features.shape == (2, 512 + LAYOUT_WIDTH) and np.isfinite(features).all() and (features[0] != features[1]).any()
 
 def test_a_vgg16_is_served(vgg16: Path, few_pictures: Path, env: dict[str, str], tmp_path: Path) -> None:
     products = read_catalog(few_pictures).products
@@ -125,7 +125,7 @@ def test_weights_of_a_file(python: Run, tmp_path: Path) -> None:
     expected = np.asarray(net(noise, training=False))
     assert np.abs(onnx_features(graph.read_bytes(), noise) - expected).max() < 1e-4 * np.abs(expected).max()
     expert = ImageExpert(backbone=SMALL, weights=weights, cache_dir=tmp_path / "cache")
-    expert.fit(np.random.default_rng(0).normal(size=(8, 576)).astype(np.float32), np.arange(8) % 2)
+    expert.fit(np.random.default_rng(0).normal(size=(8, 576 + LAYOUT_WIDTH)).astype(np.float32), np.arange(8) % 2)
     (tmp_path / "saved").mkdir()
     expert.save(tmp_path / "saved")
     Path(weights).unlink() # a bundle is whole without what it was made of
@@ -198,7 +198,7 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists()
 
 @pytest.mark.parametrize(("image", "says"), [
-    ({"backbone": "vgg99"}, r"image\.experts\.image\.backbone: expected one of efficientnet_lite0, vgg16, .*; found 'vgg99'"),
+    ({"backbone": "vgg99"}, r"image\.experts\.image\.backbone: expected one of efficientnet_lite0, efficientnet_lite2, vgg16, .*; found 'vgg99'"),
     ({"backbone": ["vgg16"]}, r"image\.experts\.image\.backbone: expected one of .*; found \['vgg16'\]"),
     ({"weights": "none"}, r"image\.experts\.image\.weights: expected imagenet, the weights that efficientnet_lite0 comes with; found 'none'"),
     ({"backbone": "vgg16", "weights": "absent.h5"}, r"image\.experts\.image\.weights: .* an existing file; found .*absent\.h5, which is not there"),

@@ -85,7 +85,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str, tuple[str, ...]]] = { # 
 def command(name: str, catalog: Path, bundle: Path, out: Path) -> list[object]:
     "What is typed to have a command read a catalogue and write something."
     return {"check": ["check", catalog, "--quarantine", out / "quarantine.csv"],
-            "train": ["train", catalog, "--bundle", out / "bundle", "--experts", "text"],
+            "train": ["train", catalog, "--bundle", out / "bundle", "--experts", "text_linear"],
             "evaluate": ["evaluate", bundle, catalog, "--json", out / "figures.json"],
             "predict": ["predict", bundle, catalog, "--out", out / "predictions.csv"]}[name]
 
@@ -194,7 +194,7 @@ def test_predict_leaves_nobody_out_and_says_why(poor: Path, bundle: Path, rakute
     assert "2 without an answer" in answer.stdout
 
 def test_what_is_contradicted_or_empty_is_not_learned_from(poor: Path, rakuten: Run, tmp_path: Path) -> None:
-    answer = rakuten("train", poor, "--bundle", tmp_path / "bundle", "--experts", "text")
+    answer = rakuten("train", poor, "--bundle", tmp_path / "bundle", "--experts", "text_linear")
     assert answer.returncode == 0, answer.stderr
     about = json.loads((tmp_path / "bundle/bundle.json").read_text(encoding="utf-8"))
     assert about["data"]["rows"] == PRODUCTS - len({BAD_PICTURE_ALONE, NOTHING, TWICE, AGAIN})

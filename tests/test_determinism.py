@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Run
-from train_and_say import FOLDS
+from train_and_say import EXPERTS, FOLDS
 
 def content(folder: Path) -> dict[str, bytes]: # relative path → bytes
     "Every file of a folder."
@@ -12,7 +12,7 @@ def content(folder: Path) -> dict[str, bytes]: # relative path → bytes
 def test_two_processes_train_and_predict_the_same(trained: Path, sample_catalog: Path, hard_catalog: Path, rakuten: Run, tmp_path: Path) -> None:
     (options := tmp_path / "params.yaml").write_text(f"split:\n  folds: {FOLDS}\n", encoding="utf-8")
     another = {"PYTHONHASHSEED": "4711", "OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2", "RAKUTEN_DATA_DIR": str(tmp_path / "data")}
-    answer = rakuten("train", sample_catalog, "--bundle", tmp_path / "bundle", "--params", options, extra=another)
+    answer = rakuten("train", sample_catalog, "--bundle", tmp_path / "bundle", "--params", options, "--experts", EXPERTS, extra=another)
     assert answer.returncode == 0, answer.stderr
     first, second = content(trained / "bundle"), content(tmp_path / "bundle")
     assert [name for name in first.keys() | second.keys() if first.get(name) != second.get(name)] == [], "files of the bundles differ"

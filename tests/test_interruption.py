@@ -110,7 +110,7 @@ def test_train_stopped(moment: str, sent: signal.Signals, small: Path, bundle: P
     shutil.copytree(bundle, place / "bundle")
     before = content(place)
     own = fresh_data(env, tmp_path / "data")
-    assert stop(["train", small, "--bundle", place / "bundle"], TRAIN[moment], sent, own, tmp_path) == CODES[sent]
+    assert stop(["train", small, "--bundle", place / "bundle", "--experts", "text_linear,image"], TRAIN[moment], sent, own, tmp_path) == CODES[sent]
     check_left_over(place, before, sent)
 
 @SIGNALS
@@ -123,7 +123,7 @@ def test_predict_stopped(moment: str, sent: signal.Signals, small: Path, bundle:
 
 @SIGNALS
 def test_nothing_appears_where_nothing_was(sent: signal.Signals, small: Path, bundle: Path, env: dict[str, str], place: Path, tmp_path: Path) -> None:
-    for typed, moment in ((["train", small, "--bundle", place / "bundle"], TRAIN["half the bundle written"]),
+    for typed, moment in ((["train", small, "--bundle", place / "bundle", "--experts", "text_linear,image"], TRAIN["half the bundle written"]),
                           (["predict", bundle, small, "--out", place / "predictions.csv"], PREDICT["half the file written"])):
         (tmp_path / "ready").unlink(missing_ok=True)
         assert stop(typed, moment, sent, env, tmp_path) == CODES[sent]
@@ -139,7 +139,7 @@ def test_what_a_kill_left_is_in_nobodys_way(small: Path, bundle: Path, env: dict
 def test_an_interrupt_between_old_and_new_brings_the_old_back(small: Path, bundle: Path, env: dict[str, str], place: Path, tmp_path: Path) -> None:
     shutil.copytree(bundle, place / "bundle")
     before = content(place)
-    assert stop(["train", small, "--bundle", place / "bundle", "--experts", "text"], SWAPPING, signal.SIGINT, env, tmp_path) == 130
+    assert stop(["train", small, "--bundle", place / "bundle", "--experts", "text_linear"], SWAPPING, signal.SIGINT, env, tmp_path) == 130
     check_left_over(place, before, signal.SIGINT)
 
 @pytest.mark.parametrize("moment", [SWAPPING, SWAPPED], ids=["before", "after"])
@@ -147,10 +147,11 @@ def test_a_kill_between_old_and_new_keeps_one_of_them(moment: tuple[str, int], s
                                                       tmp_path: Path) -> None:
     shutil.copytree(bundle, place / "bundle")
     before = content(place / "bundle")
-    stop(["train", small, "--bundle", place / "bundle", "--experts", "text"], moment, signal.SIGKILL, env, tmp_path)
+    stop(["train", small, "--bundle", place / "bundle", "--experts", "text_linear"], moment, signal.SIGKILL, env, tmp_path)
     assert (content(place / "bundle") == before) == (moment == SWAPPING)
     assert load_bundle(place / "bundle").experts
 
 def test_a_request_to_end_is_tidied_up_after(small: Path, bundle: Path, env: dict[str, str], place: Path, tmp_path: Path) -> None:
-    assert stop(["train", small, "--bundle", place / "bundle"], TRAIN["half the bundle written"], signal.SIGTERM, env, tmp_path) == 143
+    typed = ["train", small, "--bundle", place / "bundle", "--experts", "text_linear,image"]
+    assert stop(typed, TRAIN["half the bundle written"], signal.SIGTERM, env, tmp_path) == 143
     assert list(place.iterdir()) == []

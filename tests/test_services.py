@@ -152,7 +152,7 @@ def reloaded(pair: Pair, asked_of: ApiProcess, admin: dict[str, str]) -> list[di
 def test_they_follow_one_request_for_another_model(pair: Pair, sample_catalog: Path, rakuten: Any, tmp_path: Path) -> None:
     admin, (first, second) = pair.newcomer("admin"), pair.both
     before = {one.client.get("/status").json()["model_version"] for one in pair.both}
-    made = rakuten("train", sample_catalog, "--bundle", tmp_path / "bundle", "--experts", "text")
+    made = rakuten("train", sample_catalog, "--bundle", tmp_path / "bundle", "--experts", "text_linear")
     assert made.returncode == 0, made.stderr
     old = pair.bundle.rename(pair.bundle.with_name("old"))
     shutil.copytree(tmp_path / "bundle", pair.bundle)

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['CHALLENGE_COUNTS', 'NEIGHBOURS', 'TEXT_AMBIGUITY', 'PICTURE_AMBIGUITY', 'SPEAKING_PICTURE', 'LABEL_NOISE',
-           'NEAR_DUPLICATES', 'PICTURED', 'UNTITLED', 'DESCRIBED', 'CATALOGUE_FILES', 'class_counts', 'Ambiguity',
-           'Plan', 'plan_products', 'Offer', 'draw_offer', 'copy_title', 'Row', 'make_row', 'row_picture', 'rows_frame',
-           'write_rows', 'write_catalogue', 'check_destination', 'make_sample']
+           'NEAR_DUPLICATES', 'PICTURED', 'UNTITLED', 'DESCRIBED', 'SPREAD', 'CATALOGUE_FILES', 'class_counts',
+           'Ambiguity', 'Plan', 'plan_products', 'Offer', 'draw_offer', 'copy_title', 'Row', 'last_digits', 'make_row',
+           'row_picture', 'rows_frame', 'write_rows', 'write_catalogue', 'check_destination', 'make_sample',
+           'planted_errors', 'from_sample']
 
 # %% ../../nbs/data/11_sample.ipynb #17527811
 import os
@@ -161,6 +162,15 @@ class Row:
         return f"image_{self.imageid}_product_{self.productid}.jpg"
 
 # %% ../../nbs/data/11_sample.ipynb #92cede2d
+SPREAD = 1_000_000
+
+def last_digits(
+    row: int, # its index in the file
+) -> int: # six digits
+    "What a row's identifiers end in, below a random part: a bijection, so they are unique up to a million rows."
+    return row * 386_117 % SPREAD
+
+# %% ../../nbs/data/11_sample.ipynb #58f54ad2
 def make_row(
     plan: Plan,
     seed: int = 0,
@@ -168,15 +178,13 @@ def make_row(
 ) -> Row:
     "The row of a planned product; a copy takes over the offer of its origin and changes it a little."
     offer, rng = draw_offer(plan.code, np.random.default_rng([seed, plan.origin]), images), np.random.default_rng([seed, plan.row, 2])
-    # a bijection of the row, spread over six digits, below a random part: unique up to a million rows
-    spread = plan.row * 386_117 % 1_000_000
-    productid, imageid = (int(rng.integers(low, 4200)) * 1_000_000 + spread for low in (1, 800))
+    productid, imageid = (int(rng.integers(low, 4200)) * SPREAD + last_digits(plan.row) for low in (1, 800))
     if plan.origin == plan.row: return Row(plan, offer.title, offer.description, productid, imageid, offer.picture, plan.row)
     description = offer.description if rng.random() < .8 else ""
     picture_row = plan.origin if rng.random() < .5 else plan.row
     return Row(plan, copy_title(offer.title, rng) if offer.title else "", description, productid, imageid, offer.picture, picture_row)
 
-# %% ../../nbs/data/11_sample.ipynb #58f54ad2
+# %% ../../nbs/data/11_sample.ipynb #d0ab2410
 def row_picture(
     row: Row,
     seed: int = 0,
@@ -185,7 +193,7 @@ def row_picture(
     if row.picture is None: raise ValueError(f"row {row.plan.row} has no picture")
     return picture_jpeg(row.picture, np.random.default_rng([seed, row.picture_row, 3]))
 
-# %% ../../nbs/data/11_sample.ipynb #d0ab2410
+# %% ../../nbs/data/11_sample.ipynb #796d6c20
 def rows_frame(rows: Sequence[Row]) -> pd.DataFrame: # indexed like the file
     "The columns of `X_train_update.csv`."
     return pd.DataFrame({
@@ -193,7 +201,7 @@ def rows_frame(rows: Sequence[Row]) -> pd.DataFrame: # indexed like the file
         "productid": [row.productid for row in rows], "imageid": [row.imageid for row in rows],
     }, index=[row.plan.row for row in rows])
 
-# %% ../../nbs/data/11_sample.ipynb #a8e33aff
+# %% ../../nbs/data/11_sample.ipynb #50a19d19
 def write_rows(
     folder: Path, # existing
     split: str, # "train" or "test"
@@ -213,7 +221,7 @@ def write_rows(
         done = pool.map(draw, todo)
         for _ in progress(done, total=len(todo), description=f"Drawing image_{split}") if show_progress else done: pass
 
-# %% ../../nbs/data/11_sample.ipynb #50a19d19
+# %% ../../nbs/data/11_sample.ipynb #2b54da0a
 def write_catalogue(
     folder: Path, # existing and empty
     products: int,
@@ -229,7 +237,7 @@ def write_catalogue(
     more = plan_products(max(1, products // 10), seed, first=products)
     write_rows(folder, "test", [make_row(plan, seed, images) for plan in more], seed, images, show_progress)
 
-# %% ../../nbs/data/11_sample.ipynb #2b54da0a
+# %% ../../nbs/data/11_sample.ipynb #aac9688f
 CATALOGUE_FILES = ("X_train_update.csv", "Y_train_CVw08PX.csv", "X_test_update.csv", "image_train", "image_test")
 
 def check_destination(
@@ -244,7 +252,7 @@ def check_destination(
     held = [name for name in CATALOGUE_FILES if (out / name).exists()]
     if held: raise InputError(f"{out}: expected no catalogue there, found {held[0]}")
 
-# %% ../../nbs/data/11_sample.ipynb #aac9688f
+# %% ../../nbs/data/11_sample.ipynb #8b0d40ff
 def make_sample(
     out: Path, # the catalogue directory; parents are created
     products: int = 3000, # labelled products in X_train; a tenth more in X_test
@@ -267,3 +275,18 @@ def make_sample(
     except OSError as error:
         raise InputError(f"{out}: expected a directory that can be written, found: {error.strerror or error}") from None
     return out
+
+# %% ../../nbs/data/11_sample.ipynb #b801bca0
+def planted_errors(
+    products: int = 3000, # labelled products of the sample
+    seed: int = 0, # of the sample
+) -> dict[str, int]: # productid → what the product truly is, a code
+    "The products of a sample whose label is wrong on purpose."
+    return {str(make_row(plan, seed).productid): plan.code for plan in plan_products(products, seed) if plan.label != plan.code}
+
+# %% ../../nbs/data/11_sample.ipynb #e15bae3c
+def from_sample(
+    productid: Sequence[str], # of X_train, in the file's order
+) -> bool:
+    "Whether a catalogue was made by `make_sample`: real identifiers do not follow its rule."
+    return len(productid) > 1 and all(int(pid) % SPREAD == last_digits(row) for row, pid in enumerate(productid))

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Evaluation', 'evaluate', 'contract_frame', 'class_frame', 'new_figure', 'plot_confusion', 'plot_reliability',
-           'plot_coverage', 'coverage_at', 'coverage_words', 'write_json', 'write_metrics', 'judgement_curves',
+           'plot_coverage', 'decided_alone', 'coverage_at', 'coverage_words', 'promise_kept', 'seen_modalities',
+           'modality_curves', 'modality_frame', 'calibration_frame', 'write_json', 'write_metrics', 'judgement_curves',
            'write_plots']
 
 # %% ../../nbs/evaluation/30_report.ipynb #d7031f9b
@@ -21,8 +22,10 @@ from ..config import get_logger
 from ..data.catalog import Catalog
 from ..errors import TooLittleData
 from ..files import atomic_file
-from ..metrics import class_scores, confusion_matrix, coverage_curve, ece, reliability, summary, wilson_bound
+from ..metrics import class_scores, confusion_matrix, coverage_curve, ece, log_loss, reliability, review_threshold, summary, wilson_bound
 from ..models.bundle import Bundle
+from ..models.experts import expert_class
+from ..models.fusion import temper
 from ..models.training import Judgement, figures
 from ..taxonomy import CODES, PRODUCT_TYPES
 
@@ -140,17 +143,25 @@ def plot_coverage(
     return fig
 
 # %% ../../nbs/evaluation/30_report.ipynb #7ce34b59
+def decided_alone(
+    y: np.ndarray, # (n,) class indices
+    p: np.ndarray, # (n, 27) probabilities
+    sure: np.ndarray, # (n,) bool: nobody looks at these
+) -> dict[str, float]: # coverage, decided; precision and its 95 % interval low, high (absent where nothing is decided)
+    "How many products need nobody, and how many of those are right."
+    hit = (p.argmax(1) == y)[sure]
+    out = {"coverage": len(hit) / max(len(y), 1), "decided": len(hit)}
+    if not len(hit): return out
+    low, high = (float(wilson_bound(hit.sum(), len(hit), z)) for z in (-1.96, 1.96))
+    return out | {"precision": float(hit.mean()), "low": low, "high": high}
+
 def coverage_at(
     y: np.ndarray, # (n,) class indices
     p: np.ndarray, # (n, 27) probabilities
     threshold: float, # of the bundle
-) -> dict[str, float]: # threshold, coverage, decided; precision and its 95 % interval low, high (absent where nothing is decided)
-    "Share of products above the threshold, and how many of those are right."
-    hit = (p.argmax(1) == y)[p.max(1) >= threshold]
-    out = {"threshold": threshold, "coverage": len(hit) / max(len(y), 1), "decided": len(hit)}
-    if not len(hit): return out
-    low, high = (float(wilson_bound(hit.sum(), len(hit), z)) for z in (-1.96, 1.96))
-    return out | {"precision": float(hit.mean()), "low": low, "high": high}
+) -> dict[str, float]: # of `decided_alone`
+    "What a threshold leaves to the machine."
+    return decided_alone(y, p, p.max(1) >= threshold)
 
 def coverage_words(
     found: Mapping[str, float], # of `coverage_at`
@@ -161,6 +172,63 @@ def coverage_words(
     return f"{found['coverage']:.0%} of the products ({found['decided']:,}) need nobody; {right}"
 
 # %% ../../nbs/evaluation/30_report.ipynb #5697fd5e
+def promise_kept(
+    y: np.ndarray, # (n,) class indices
+    p: np.ndarray, # (n, 27) probabilities that no row had a part in fitting
+    fold: np.ndarray, # (n,) int
+    precision: float, # promised
+) -> dict[str, float]: # of `decided_alone`
+    "What is left to the machine, and how often it is right, on rows that did not set the threshold."
+    sure = np.zeros(len(y), bool)
+    for f in np.unique(fold): sure[fold == f] = p[fold == f].max(1) >= review_threshold(y[fold != f], p[fold != f], precision)
+    return decided_alone(y, p, sure)
+
+# %% ../../nbs/evaluation/30_report.ipynb #8459bf76
+def seen_modalities(
+    sees: Mapping[str, np.ndarray], # expert → (n,) bool
+) -> np.ndarray: # (n,) str: text, image, image + text, or nothing
+    "What the experts could see of each product."
+    kinds = sorted({expert_class(e).modality for e in sees})
+    seen = [np.any([v for e, v in sees.items() if expert_class(e).modality == k], axis=0) for k in kinds]
+    return np.array([" + ".join(k for k, s in zip(kinds, row, strict=True) if s) or "nothing" for row in zip(*seen, strict=True)], dtype=object)
+
+def modality_curves(
+    y: np.ndarray, # (n,) class indices
+    p: np.ndarray, # (n, 27) fused probabilities
+    sees: Mapping[str, np.ndarray], # expert → (n,) bool
+) -> dict[str, tuple[np.ndarray, np.ndarray]]: # modality → class indices, probabilities
+    "The rows of each modality, for `plot_coverage` and `plot_reliability`; then all."
+    what = seen_modalities(sees)
+    return {str(k): (y[what == k], p[what == k]) for k in sorted(set(what) - {"nothing"})} | {"all": (y, p)}
+
+def modality_frame(
+    curves: Mapping[str, tuple[np.ndarray, np.ndarray]], # of `modality_curves`
+    threshold: float, # of the bundle
+) -> pd.DataFrame: # one row a modality
+    "Deciding, suggesting and leaving alone, by what there is of a product."
+    rows = []
+    for kind, (y, p) in curves.items():
+        m, alone = summary(y, p), coverage_at(y, p, threshold)
+        interval = f"{alone['low']:.3f} – {alone['high']:.3f}" if alone["decided"] else ""
+        rows.append({"seen": kind, "products": m["n"], "weighted_f1": m["weighted_f1"], "top 1": m["accuracy"], "top 3": m["top3"], "ece": m["ece"],
+                     "need nobody": alone["coverage"], "right among them": alone.get("precision", np.nan), "95 % interval": interval})
+    return pd.DataFrame(rows)
+
+# %% ../../nbs/evaluation/30_report.ipynb #65be5aac
+def calibration_frame(
+    j: Judgement,
+    powers: Mapping[str, float], # expert → the power its probabilities were raised to, as the bundle keeps them
+    which: str = "out_of_fold", # or gold
+) -> pd.DataFrame: # one row an expert, the fused answer last
+    "Calibration error and log-loss before and after."
+    rows = []
+    for e, (y, p) in judgement_curves(j, which).items():
+        raw = temper(p, 1 / powers.get(e, 1.0)) if e in j.probs else None
+        before = {"ECE before": ece(y, raw), "log-loss before": log_loss(y, raw)} if raw is not None else {}
+        rows.append({"expert": e, "power": powers.get(e, np.nan), **before, "ECE": ece(y, p), "log-loss": log_loss(y, p), "n": len(y)})
+    return pd.DataFrame(rows, columns=["expert", "power", "ECE before", "ECE", "log-loss before", "log-loss", "n"])
+
+# %% ../../nbs/evaluation/30_report.ipynb #e16e3f13
 def write_json(
     path: Path,
     value: Any, # what JSON holds; NaN is refused

@@ -7,7 +7,7 @@ __all__ = ['APPLICATIONS', 'PARAMETER', 'IMAGENET', 'RANDOM', 'RANDOM_SEED', 'WE
            'Twin', 'TWINS', 'Application', 'weights_file', 'check_weights', 'weights_key', 'keras_folder',
            'content_hash', 'no_weights', 'network_reason', 'downloaded_pieces', 'fetch_weights', 'not_weights',
            'check_signature', 'read_weights', 'draw_weights', 'application_net', 'exact_gelu', 'as_rescaling',
-           'depthwise_twin', 'gelu_twin', 'exportable', 'application_keras']
+           'depthwise_twin', 'gelu_twin', 'exportable', 'with_map', 'application_keras']
 
 # %% ../../nbs/models/23b_applications.ipynb #9c22d155
 import hashlib
@@ -268,14 +268,23 @@ def exportable(
     twin.set_weights([w.reshape(place.shape) for w, place in zip(net.get_weights(), twin.weights, strict=True)])
     return twin
 
-# %% ../../nbs/models/23b_applications.ipynb #bcdbb214
+# %% ../../nbs/models/23b_applications.ipynb #02d512af
+def with_map(
+    net: Any, # keras.Model: (n, side, side, 3) → (n, d)
+) -> Any: # keras.Model: to that and (n, h, w, d), where the features are the mean over h and w; unchanged where they are not
+    "A network that also gives the map which its features are the mean of."
+    import keras
+    last = net.layers[-1]
+    return keras.Model(net.input, [net.output, last.input]) if isinstance(last, keras.layers.GlobalAveragePooling2D) else net
+
+# %% ../../nbs/models/23b_applications.ipynb #24490ee6
 def application_keras(
     name: str, # a key of `APPLICATIONS`
     weights: str, # that have passed `check_weights`
-) -> tuple[Any, Any]: # two of keras.Model: (n, side, side, 3) RGB 0..255 → (n, d); as Keras has it, and to export
+) -> tuple[Any, Any]: # two of keras.Model: (n, side, side, 3) RGB 0..255 → (n, d); as Keras has it, and to export, with its map
     "An application that takes plain pictures, and its exportable twin."
     net = application_net(name, weights)
     import keras
     picture = keras.Input(net.input_shape[1:], name="picture")
     ready = getattr(keras.applications, APPLICATIONS[name].family).preprocess_input(picture)
-    return keras.Model(picture, net(ready)), keras.Model(picture, exportable(net)(ready))
+    return keras.Model(picture, net(ready)), keras.Model(picture, with_map(exportable(net))(ready))

@@ -11,6 +11,7 @@ __all__ = ['SIGNS', 'LESSONS', 'Reader', 'split_words', 'commonest_words', 'Word
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -29,7 +30,7 @@ class Reader(ABC):
     size: int # how many different numbers there are to look up
 
     @abstractmethod
-    def learn(self, features: np.ndarray) -> None: # (n, 2) str: clean title, clean description
+    def learn(self, features: np.ndarray) -> Any: # (n, 2) str: clean title, clean description → their numbers
         "Find out which words or n-grams there are."
 
     @abstractmethod
@@ -71,8 +72,9 @@ class WordOrder(Reader):
     def __init__(self, words: int, positions: int): # numbers there are, words that are read
         self.words, self.positions = words, positions
 
-    def learn(self, features: np.ndarray) -> None:
+    def learn(self, features: np.ndarray) -> np.ndarray:
         self.hold(commonest_words(fields(features)["both"], self.words - 2))
+        return self.numbers(features)
 
     def hold(self, words: list[str]) -> None:
         "Number these."
@@ -101,9 +103,11 @@ class NgramBag(Reader):
     def __init__(self, words: int, characters: int): # how many of the commonest n-grams of either kind
         self.blocks = {"words": Block("both", "word", (1, 2), 2, words), "characters": Block("both", "char_wb", (3, 5), 3, characters)}
 
-    def learn(self, features: np.ndarray) -> None:
+    def learn(self, features: np.ndarray) -> csr_matrix:
         texts = fields(features)
-        self.hold({name: block.learn(texts[block.field]) for name, block in self.blocks.items()})
+        learned = {name: block.learn(texts[block.field]) for name, block in self.blocks.items()}
+        self.hold({name: v for name, (v, _) in learned.items()})
+        return hstack([found for _, found in learned.values()], format="csr", dtype=np.float32)
 
     def hold(self, vectorizers: dict[str, Any]) -> None: # fitted, by block
         "Read with these."
@@ -213,6 +217,7 @@ class TextNetwork(Expert):
     modality: ClassVar[str] = "text"
     learns_in_epochs: ClassVar[bool] = True
     ranges: ClassVar[dict[str, Bounds]] # of its parameters
+    least_steps: ClassVar[int] = 1 # of an epoch: of few rows, fewer go into a step
     reader: Reader
     served: ServedNetwork
 
@@ -271,12 +276,13 @@ def teach_text(
 ) -> None:
     "Teach an expert's network, and hand its graph over."
     keras, (classes, own), reader = start_keras(seed), np.unique(y, return_inverse=True), expert.reader
-    reader.learn(features)
-    x, model, watched = reader.numbers(features), expert.network(keras, max(len(classes), 2)), None # a softmax over one class learns nothing
+    x = reader.learn(features)
+    model, watched = expert.network(keras, max(len(classes), 2)), None # a softmax over one class learns nothing
     if expert.watched is not None:
         known = np.isin(expert.watched[1], classes)
         watched = reader.numbers(expert.watched[0][known]), np.searchsorted(classes, expert.watched[1][known])
     lessons = Lessons(**{name: expert.params[name] for name in LESSONS})
+    lessons = replace(lessons, batch=min(lessons.batch, max(1, len(y) // expert.least_steps)))
     expert.history = train_network(model, x, own, lessons, watched, seed, f"{expert.name} {expert.part}".rstrip())
     table, *others = model.get_weights()
     model.set_weights([table.astype(np.float16).astype(np.float32), *others])
@@ -305,9 +311,10 @@ class TextNgrams(TextNetwork):
     "TF-IDF of words and characters, one hidden layer, a softmax."
     name: ClassVar[str] = "text_ngrams"
     ranges: ClassVar[dict[str, Bounds]] = {"words": (1, 1_000_000), "characters": (1, 1_000_000), "units": (1, 4096), "dropout": (0.0, 0.95)}
+    least_steps: ClassVar[int] = 12
 
-    def __init__(self, words: int = 40_000, characters: int = 80_000, units: int = 64, dropout: float = 0.5, epochs: int = 6, batch: int = 128,
-                 learning_rate: float = 0.003, smoothing: float = 0.1):
+    def __init__(self, words: int = 40_000, characters: int = 80_000, units: int = 256, dropout: float = 0.5, epochs: int = 7, batch: int = 512,
+                 learning_rate: float = 0.006, smoothing: float = 0.0):
         super().__init__(words=words, characters=characters, units=units, dropout=dropout, epochs=epochs, batch=batch, learning_rate=learning_rate,
                          smoothing=smoothing)
         self.reader = NgramBag(words, characters)

@@ -80,7 +80,7 @@ class TrainParams(BaseModel):
         return expert_names(asked)
 
 # %% ../../nbs/models/26_training.ipynb #4b71292b
-PIPELINE_SECTIONS = ("import", "evaluate", "register", "predict") # of params.yaml; training does not read them
+PIPELINE_SECTIONS = ("import", "evaluate", "audit", "gate", "register", "predict") # of params.yaml; training does not read them
 
 def read_params(
     path: Path | None = None, # a params.yaml; the defaults where there is none
