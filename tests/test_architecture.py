@@ -14,7 +14,7 @@ PACKAGE = "rakuten_nb"
 # From the ground up. A floor is a folder of the package, or a module at its top.
 FLOORS = [{"config", "console", "errors", "files", "metrics", "taxonomy"}, {"data"}, {"models"}, {"evaluation"}, {"serving"}, {"operations"}, {"cli"}]
 # Within models, from the ground up too; what is not named here is an expert or a part of one.
-SHELVES = [{"experts"}, set(), {"fusion"}, {"bundle"}, {"training"}, {"workspace"}]
+SHELVES = [{"experts"}, set(), {"fusion"}, {"bundle", "pools"}, {"training"}, {"workspace"}]
 AN_EXPERT = 1
 # What a serving process never loads.
 HEAVY = {"IPython", "dvc", "ipykernel", "keras", "matplotlib", "mlflow", "nbclient", "nbformat", "onnx", "papermill", "tensorflow", "tf2onnx", "torch"}

@@ -46,7 +46,8 @@ def few_pictures(shared: Path) -> Path:
 def vgg16(shared: Path, few_pictures: Path, rakuten: Run) -> Path:
     "bundle/ with a VGG16 of random weights, trained as its users do."
     def make(part: Path) -> None:
-        answer = rakuten("train", few_pictures, "--bundle", part / "bundle", "--params", params(part, backbone="vgg16", weights="none"))
+        answer = rakuten("train", few_pictures, "--bundle", part / "bundle", "--experts", "text_linear,image",
+                         "--params", params(part, backbone="vgg16", weights="none"))
         assert answer.returncode == 0, answer.stderr
         assert "Traceback" not in answer.stderr
     return once(shared / "vgg16", make)

@@ -132,6 +132,7 @@ EXPERTS: dict[str, str] = {
     "text_sentence": "rakuten_nb.models.text_sentence:TextSentence",
     "text_transformer": "rakuten_nb.models.text_transformer:TextTransformer",
     "image": "rakuten_nb.models.image:ImageExpert",
+    "image_tuned": "rakuten_nb.models.image_tuned:ImageTuned",
 }
 GROUPS: dict[str, tuple[str, ...]] = {"text": ("text_linear", "text_ngrams"), "image": ("image",)}
 

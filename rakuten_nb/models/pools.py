@@ -55,11 +55,13 @@ def weight_grid(probs: Probs, y: np.ndarray) -> Answers:
     return answers
 
 # %% ../../nbs/models/24a_pools.ipynb #bfa1c2f2
-def stacked(probs: Probs, y: np.ndarray, C: float = 0.01) -> Answers:
-    "Logistic regression over the experts' log-probabilities; classes that do not occur keep the mean's share."
+def stacked(probs: Probs, y: np.ndarray, C: float = 0.1) -> Answers:
+    "Logistic regression over the experts' standardised log-probabilities; classes that do not occur keep the mean's share."
     from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
     side_by_side = lambda p: np.hstack([log_probs(p[e]) for e in probs])
-    learned = LogisticRegression(C=C, max_iter=1000).fit(side_by_side(probs), y)
+    learned = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=1000)).fit(side_by_side(probs), y)
 
     def answers(p: Probs) -> np.ndarray:
         out = np.mean([p[e] for e in probs], axis=0)

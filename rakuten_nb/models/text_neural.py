@@ -313,7 +313,7 @@ class TextNgrams(TextNetwork):
     ranges: ClassVar[dict[str, Bounds]] = {"words": (1, 1_000_000), "characters": (1, 1_000_000), "units": (1, 4096), "dropout": (0.0, 0.95)}
     least_steps: ClassVar[int] = 12
 
-    def __init__(self, words: int = 40_000, characters: int = 80_000, units: int = 256, dropout: float = 0.5, epochs: int = 7, batch: int = 512,
+    def __init__(self, words: int = 40_000, characters: int = 80_000, units: int = 128, dropout: float = 0.7, epochs: int = 7, batch: int = 512,
                  learning_rate: float = 0.006, smoothing: float = 0.0):
         super().__init__(words=words, characters=characters, units=units, dropout=dropout, epochs=epochs, batch=batch, learning_rate=learning_rate,
                          smoothing=smoothing)
