@@ -88,9 +88,13 @@ def test_a_type_that_is_never_recognised_is_named() -> None:
 def test_unknown_parameters_are_refused(tmp_path: Path) -> None:
     (params := tmp_path / "params.yaml").write_text("gate: {weighted_f1: 0.5, behaviour: {words: {2583: piscine}}}")
     assert read_section(params, "gate", GateParams).behaviour.words == {2583: "piscine"}
-    for section, said in (("{f1: 0.5}", "gate.f1: Extra"), ("{weighted_f1: 7}", "gate.weighted_f1"),
+    for section, said in (("{f1: 0.5}", "gate.f1: is not known; expected weighted_f1"), ("{weighted_f1: 7}", "gate.weighted_f1"),
                           ("{behaviour: {words: {99: chat}}}", "gate.behaviour.words: .*99 is no product type"),
-                          ("{behaviour: {unchanged: {mirrored: 1}}}", "'mirrored' is not known")):
+                          ("{behaviour: {unchanged: {mirrored: 1}}}", "'mirrored' is not known"),
+                          ("{behaviour: {unchanged: {HTML: 99}}}", "gate.behaviour.unchanged.HTML: .*found '99'"),
+                          ("{behaviour: {unchanged: {HTML: .nan}}}", "gate.behaviour.unchanged.HTML"),
+                          ("{behaviour: {words: {2583: ''}}}", "gate.behaviour.words.2583"), ("{weighted_f1: true}", "gate.weighted_f1"),
+                          ("{behaviour: {typcal: 1}}", "gate.behaviour.typcal: is not known; expected rows, unchanged")):
         params.write_text(f"gate: {section}")
         with pytest.raises(InputError, match=said): read_section(params, "gate", GateParams)
     with pytest.raises(ValidationError): GateParams(tolerance=-1)

@@ -6,9 +6,9 @@
 __all__ = ['MOST_RUNS', 'MOST_CHARACTERS', 'READERS', 'PLACES', 'FOR', 'AGAINST', 'Evidence', 'ExpertEvidence', 'WordEvidence',
            'PictureEvidence', 'affordable_runs', 'word_groups', 'centred_logs', 'occluded_words', 'occluded_regions',
            'Voice', 'voices', 'Parts', 'word_parts', 'region_parts', 'Explanation', 'rounded', 'joined_words',
-           'seen_regions', 'explain', 'shortened', 'strongest_words', 'strongest_place', 'signed', 'explanation_text',
-           'type_label', 'word_html', 'explanation_html', 'escape_markdown', 'explanation_markdown', 'draw_regions',
-           'explain_all', 'add_column']
+           'seen_regions', 'explain', 'shortened', 'strongest_words', 'strongest_place', 'signed', 'remainder',
+           'explanation_text', 'type_label', 'word_html', 'explanation_html', 'escape_markdown', 'explanation_markdown',
+           'draw_regions', 'explain_all', 'add_column']
 
 # %% ../../nbs/evaluation/31_explain.ipynb #99798756
 import csv
@@ -309,14 +309,21 @@ def signed(
     "A number whose sign is seen."
     return f"{nats:+.1f}".replace("-", "−")
 
+def remainder(
+    explanation: Explanation,
+) -> float: # contrast, nats
+    "What speaks for the answer and lies in no word and no region: how a picture is as a whole, how common the type is."
+    return sum(e.rest.contrast for e in explanation.experts) + explanation.bias.contrast
+
 def explanation_text(
     explanation: Explanation,
 ) -> str: # "" where there is no answer
-    "An explanation in a line."
+    "An explanation in a line: the strongest words and places, and what is left in no word and no place."
     if explanation.prdtypecode is None: return ""
     words = ", ".join(f"{word} {signed(v)}" for word, v in strongest_words(explanation))
     places = [f"picture: {where} {signed(v)}" for where, v in map(strongest_place, explanation.pictures)]
-    return "; ".join([*([words] if words else []), *places, f"against {explanation.against}"])
+    rest = remainder(explanation)
+    return "; ".join([*([words] if words else []), *places, *([f"elsewhere {signed(rest)}"] if abs(rest) >= 0.05 else []), f"against {explanation.against}"])
 
 # %% ../../nbs/evaluation/31_explain.ipynb #490ca395
 FOR, AGAINST = "37,99,235", "234,120,20" # blue, orange
@@ -348,7 +355,8 @@ def explanation_html(
     lines = [" ".join(word_html(w, strongest) for w in e.words if w.field == where) for where in ("title", "description")]
     texts = "".join(f'<p style="margin:.3em 0;line-height:1.9">{line}</p>' for line in lines if line)
     said = [(html.escape(x.expert), x) for x in e.experts] + ([("the pool's biases", e.bias)] if len(e.experts) > 1 else [])
-    rows = "".join(f'<li>{name} {signed(x.contrast)}</li>' for name, x in said)
+    rest = lambda x: f", of which {signed(x.rest.contrast)} in no single place" if isinstance(x, ExpertEvidence) and abs(x.rest.contrast) >= 0.05 else ""
+    rows = "".join(f'<li>{name} {signed(x.contrast)}{rest(x)}</li>' for name, x in said)
     places = "".join(f"<li>picture: most at the {where} ({signed(v)})</li>" for where, v in map(strongest_place, e.pictures))
     return (f'<div><p><b>{html.escape(type_label(e.prdtypecode))}</b> ({e.confidence:.0%}) rather than {html.escape(type_label(e.against))} ({e.other:.0%}): '
             f'{signed(sum(x.contrast for x in e.experts) + e.bias.contrast)} nats</p>{texts}<ul style="margin:.3em 0">{rows}{places}</ul></div>')

@@ -27,7 +27,7 @@ from ..taxonomy import CODES
 # %% ../../nbs/evaluation/33_gate.ipynb #ab2913e9
 class GateParams(BaseModel):
     "What a model is held to before it is used; the defaults hold for a model of the embedded sample."
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
     weighted_f1: float = Field(0.65, ge=0, le=1)
     "Smallest weighted F1 on gold."
     ece: float = Field(0.12, ge=0, le=1)
@@ -113,8 +113,9 @@ class Verdict:
     def words(self) -> str:
         "In a sentence."
         failed = [f"{c.check} {c.found:.3f}, needed {'≥' if c.at_least else '≤'} {c.needed:g}" for c in self.checks if c.passed is False]
-        asked = sum(c.passed is not None for c in self.checks)
-        return f"model {self.model} is refused: {'; '.join(failed)}" if failed else f"model {self.model} passes all {asked} checks"
+        asked, silent = sum(c.passed is not None for c in self.checks), [c.check for c in self.checks if c.passed is None]
+        if failed: return f"model {self.model} is refused: {'; '.join(failed)}"
+        return f"model {self.model} passes all {asked} checks" + (f"; {len(silent)} could not be asked here: {', '.join(silent)}" if silent else "")
 
     def to_json(self) -> dict[str, Any]:
         "What a program wants to know."

@@ -22,7 +22,7 @@ from ..metrics import log_loss, top_k_accuracy
 
 # %% ../../nbs/models/20a_networks.ipynb #c044cde1
 KERAS_ENVIRONMENT = {"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0",
-                     "TF_NUM_INTRAOP_THREADS": "2", "TF_NUM_INTEROP_THREADS": "1"}
+                     "TF_NUM_INTRAOP_THREADS": "2", "TF_NUM_INTEROP_THREADS": "1", "TF_CPU_ALLOCATOR_USE_BFC": "true"}
 
 def start_keras(
     seed: int, # of weights, dropout, and Python's and numpy's own generators

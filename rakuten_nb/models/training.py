@@ -77,6 +77,7 @@ class TrainParams(BaseModel):
         "The experts to train: the ones named (groups stand for what the parameters list), or all."
         groups = {"text": list(self.text.experts), "image": list(self.image.experts)}
         asked = [*groups["text"], *groups["image"]] if names is None else [e for a in names.split(",") for e in groups.get(a.strip(), [a.strip()])]
+        if not asked: raise InputError("text.experts, image.experts: expected at least one expert; found none")
         return expert_names(asked)
 
 # %% ../../nbs/models/26_training.ipynb #4b71292b
@@ -95,7 +96,12 @@ def read_params(
     except ValidationError as e:
         bad = e.errors()[0]
         raise InputError(f"{path.name}: {'.'.join(map(str, bad['loc']))}: {bad['msg']}; found {str(bad['input'])[:60]!r}") from None
-    for name in out.chosen(None): make_expert(name, out.expert(name))
+    for section in ("text", "image"):
+        for name, params in getattr(out, section).experts.items():
+            if (found := make_expert(name, params or {}).modality) != section:
+                raise InputError(f"{path.name}: {section}.experts: expected experts that see a product's {section}; found {name}, "
+                                 f"which belongs under {found}.experts")
+    out.chosen(None)
     return out
 
 # %% ../../nbs/models/26_training.ipynb #7d47c013
