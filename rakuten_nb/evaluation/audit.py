@@ -121,6 +121,7 @@ def audit_catalog(
     if not runs: raise TooLittleData(f"experts {', '.join(names)} see fewer than two product types among the {len(products)} labelled products")
     return enough_audited(audit_judgement(judge(runs, products, split, training.fuse)[0], products, params), params)
 
+# %% ../../nbs/evaluation/32_audit.ipynb #6aabf955
 def enough_audited(
     found: pd.DataFrame, # of `audit_labels`
     params: AuditParams | None,
@@ -146,7 +147,7 @@ def audit_with(
     found.attrs["learned"] = int((~fresh).sum())
     return found.assign(row=rows[found["row"].to_numpy()])
 
-# %% ../../nbs/evaluation/32_audit.ipynb #76f85b1f
+# %% ../../nbs/evaluation/32_audit.ipynb #66abe732
 def audit_words(
     found: pd.DataFrame, # of `audit_labels`
 ) -> str:
@@ -165,7 +166,7 @@ def audit_pairs(
     return names.value_counts(["given", "suggested"]).rename("products").reset_index().sort_values(
         ["products", "given", "suggested"], ascending=[False, True, True], kind="stable").reset_index(drop=True)
 
-# %% ../../nbs/evaluation/32_audit.ipynb #a7c65aca
+# %% ../../nbs/evaluation/32_audit.ipynb #74bacc8b
 def write_audit(
     path: Path, # a CSV file
     found: pd.DataFrame, # of `audit_labels`

@@ -23,7 +23,7 @@ def fields_at(
     for name in where: model = model.model_fields[str(name)].annotation # type: ignore[assignment]
     return list(model.model_fields)
 
-# %% ../../nbs/evaluation/30a_sections.ipynb #768ed597
+# %% ../../nbs/evaluation/30a_sections.ipynb #ab847d3a
 P = TypeVar("P", bound=BaseModel)
 
 def read_section(
