@@ -33,4 +33,4 @@ def make_project(project: Path) -> None:
     (project / ".dvc").mkdir()
     shutil.copy(ROOT / ".dvc/config", project / ".dvc")
     subprocess.run(["git", "init", "--quiet", project], check=True)
-    change(project, import_={"products": PRODUCTS}, split={"folds": 2}, text={"experts": {"text_linear": {}}})
+    change(project, import_={"products": PRODUCTS}, split={"folds": 2}, text={"experts": {"text_linear": {"C": 1.0}}})

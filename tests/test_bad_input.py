@@ -206,7 +206,7 @@ def test_a_class_with_one_row_is_warned_of_and_learned_from(catalog: Path, rakut
     answer = rakuten("check", catalog)
     assert answer.returncode == 0, answer.stderr
     assert "60 (1)" in answer.stdout
-    answer = rakuten("train", catalog, "--bundle", tmp_path / "bundle")
+    answer = rakuten("train", catalog, "--bundle", tmp_path / "bundle", "--experts", "text_linear,image")
     assert answer.returncode == 0, answer.stderr
     assert (tmp_path / "bundle/bundle.json").exists()
 
