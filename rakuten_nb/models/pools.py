@@ -38,7 +38,7 @@ def pooled(probs: Probs, y: np.ndarray) -> Answers:
     "The log-linear pool that is shipped."
     return fit_fusion(probs, y).predict_proba
 
-# %% ../../nbs/models/24a_pools.ipynb #33e87447
+# %% ../../nbs/models/24a_pools.ipynb #0dbc55aa
 def weight_grid(probs: Probs, y: np.ndarray) -> Answers:
     "The convex mixture with the best weighted F1 among 101 weights, one expert after the other."
     first, *others = probs
@@ -54,7 +54,7 @@ def weight_grid(probs: Probs, y: np.ndarray) -> Answers:
         return out
     return answers
 
-# %% ../../nbs/models/24a_pools.ipynb #bfa1c2f2
+# %% ../../nbs/models/24a_pools.ipynb #572e74ed
 def stacked(probs: Probs, y: np.ndarray, C: float = 0.1) -> Answers:
     "Logistic regression over the experts' standardised log-probabilities; classes that do not occur keep the mean's share."
     from sklearn.linear_model import LogisticRegression
@@ -70,13 +70,13 @@ def stacked(probs: Probs, y: np.ndarray, C: float = 0.1) -> Answers:
         return out
     return answers
 
-# %% ../../nbs/models/24a_pools.ipynb #f1392a68
+# %% ../../nbs/models/24a_pools.ipynb #5abc1476
 POOLS: dict[str, Callable[[Probs, np.ndarray], Answers]] = {
     "best expert": best_expert, "mean": plain_mean, "grid of 101 weights": weight_grid,
     "product": product_of_experts, "stacked": stacked, "log-linear pool": pooled,
 }
 
-# %% ../../nbs/models/24a_pools.ipynb #72e25394
+# %% ../../nbs/models/24a_pools.ipynb #f836955f
 def compared(
     probs: Probs, # out of fold
     y: np.ndarray, # (n,) class indices
@@ -90,7 +90,7 @@ def compared(
             out[way][judged] = learn({e: p[fit] for e, p in probs.items()}, y[fit])({e: p[judged] for e, p in probs.items()})
     return out
 
-# %% ../../nbs/models/24a_pools.ipynb #572e74ed
+# %% ../../nbs/models/24a_pools.ipynb #e06d4454
 def pools_frame(
     said: Probs, # of `compared`
     y: np.ndarray, # (n,) class indices
