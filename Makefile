@@ -19,6 +19,8 @@ UPGRADE ?=
 PYTEST := $(BIN)/python -m pytest
 # pytest leaves with 5 when no test carries the mark, which is no failure.
 OR_NONE := || [ $$? -eq 5 ]
+# Chapters of experts that a model has on request only, and of timings: proved with the tests of services. A plain `nbdev_test` runs all.
+LATER := (22b_text_transformer|23b_applications|23c_finetune|55_bench)\.ipynb
 PORT ?= 8000
 MLFLOW_PORT ?= 5000
 # Images: which engine (docker, podman or buildah; else the first that answers), over which Python image, with which further
@@ -131,15 +133,19 @@ down: ## stop the containers; the volumes with users, predictions and database s
 # --- judge it
 
 .PHONY: test
-test: .venv/.installed ## every notebook, then every fast test; names what a skipped test lacks
-	@$(BIN)/nbdev_test --timing; notebooks=$$?; \
+test: .venv/.installed ## the notebooks, then every fast test; names what a skipped test lacks
+	@$(BIN)/nbdev_test --timing --skip_file_re '^[_.]|^$(LATER)'; notebooks=$$?; \
 	$(PYTEST) -m fast -n auto; tests=$$?; \
 	[ $$notebooks -eq 0 ] || echo "make test: notebooks failed, see above"; \
 	exit $$((notebooks + tests))
 
 .PHONY: test-services
-test-services: .venv/.installed ## tests that start a database, a broker, a registry, a queue of experiments
-	@$(PYTEST) -m services -n auto --dist loadfile $(OR_NONE)
+test-services: .venv/.installed ## tests that start a database, a broker, a registry, a queue of experiments; the slowest notebooks
+	@$(BIN)/nbdev_test --timing --file_re '^$(LATER)'; notebooks=$$?; \
+	$(PYTEST) -m services -n auto --dist loadfile; tests=$$?; \
+	[ $$tests -ne 5 ] || tests=0; \
+	[ $$notebooks -eq 0 ] || echo "make test-services: notebooks failed, see above"; \
+	exit $$((notebooks + tests))
 
 .PHONY: test-all
 test-all: test test-services .venv/.installed ## the same and the heavy tests

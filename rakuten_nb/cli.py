@@ -222,10 +222,10 @@ def audit(
 ) -> None:
     "Find labels that are probably wrong, by confident learning over out-of-fold probabilities."
     from rakuten_nb.evaluation.audit import AuditParams, audit_catalog, audit_pairs, audit_with, audit_words, write_audit
-    from rakuten_nb.evaluation.sections import read_section
     from rakuten_nb.files import check_writable
     from rakuten_nb.models.bundle import load_bundle
     from rakuten_nb.models.training import read_params
+    from rakuten_nb.params import read_section
     if bundle and experts: raise InputError("expected --bundle or --experts; found both")
     check_writable(out)
     training, wanted = read_params(params), read_section(params, "audit", AuditParams)
@@ -254,10 +254,10 @@ def gate(
     from rakuten_nb.evaluation.gate import GateParams
     from rakuten_nb.evaluation.gate import gate as judge
     from rakuten_nb.evaluation.report import write_json
-    from rakuten_nb.evaluation.sections import read_section
     from rakuten_nb.files import check_writable
     from rakuten_nb.models.bundle import load_bundle
     from rakuten_nb.models.training import read_params
+    from rakuten_nb.params import read_section
     if json: check_writable(json)
     split, wanted, cache = read_params(params).split, read_section(params, "gate", GateParams), read_settings().cache_dir
     model, other = load_bundle(bundle, cache), load_bundle(champion, cache) if champion else None
@@ -493,5 +493,5 @@ def bench(
               f"{found.crowd_per_second:.0f} answers a second for eight clients")
     if json: write_json(json, found.to_json())
 
-# %% ../nbs/60_cli.ipynb #9d15366f
+# %% ../nbs/60_cli.ipynb #86fe102c
 if __name__ == "__main__" and "__file__" in globals(): run() # in a notebook there is no file

@@ -8,7 +8,7 @@ __all__ = ['FIRST', 'STEP', 'RISK', 'confusion_matrix', 'class_scores', 'weighte
            'review_threshold', 'bootstrap_interval', 'paired_difference', 'summary']
 
 # %% ../nbs/02_metrics.ipynb #974beb58
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -134,17 +134,19 @@ def luck(
     return float(np.exp(np.logaddexp.reduce(logs)))
 
 # %% ../nbs/02_metrics.ipynb #daac6d69
-FIRST, STEP, RISK = 0.1, 0.02, 0.05 # share of the rows the walk begins with, and goes on by; how often it may break its promise
+FIRST, STEP, RISK = (0.1, 0.3), 0.02, 0.05 # shares of the rows a walk begins with, and goes on by; how often the promise may be broken
 
 def decision_steps(
     p: np.ndarray, # (n, k) probabilities
     precision: float, # the promise
+    first: float, # share of the rows to begin with
+    risk: float, # that the walk may take
 ) -> list[int]: # numbers of rows, rising: the surest so many are decided at each step
-    "The steps of `review_threshold`: whole rows of equal confidence, from the fewest that could prove the promise."
+    "The steps of one walk: whole rows of equal confidence, from the fewest that could prove the promise."
     if not len(p): return []
-    conf, least = np.sort(p.max(1))[::-1], int(np.ceil(np.log(RISK) / np.log(precision)))
-    first, step = max(least, round(FIRST * len(p))), max(1, round(STEP * len(p)))
-    ends = [int((conf >= conf[n - 1]).sum()) for n in [*range(first, len(p), step), len(p)] if least <= n <= len(p)]
+    conf, least = np.sort(p.max(1))[::-1], int(np.ceil(np.log(risk) / np.log(precision)))
+    begin, step = max(least, round(first * len(p))), max(1, round(STEP * len(p)))
+    ends = [int((conf >= conf[n - 1]).sum()) for n in [*range(begin, len(p), step), len(p)] if least <= n <= len(p)]
     return sorted(set(ends))
 
 # %% ../nbs/02_metrics.ipynb #5e4ab469
@@ -152,13 +154,15 @@ def review_threshold(
     y: np.ndarray, # (n,) true class indices
     p: np.ndarray, # (n, k) probabilities of rows that neither the model nor its calibration was fitted on
     precision: float = 0.95, # promised for what is not reviewed
+    first: Sequence[float] = FIRST, # shares of the rows, surest first, that walks begin with
 ) -> float: # in [0, 1]; 1.0 where nothing can be promised
     "The lowest confidence above which the promise holds with 95 % confidence, tested from the surest down; below it a person looks."
     order = np.argsort(-p.max(1), kind="stable")
     wrong, conf, lowest = (p.argmax(1) != y)[order].cumsum(), p.max(1)[order], 1.0
-    for n in decision_steps(p, precision):
-        if luck(int(wrong[n - 1]), n, 1 - precision) > RISK: break
-        lowest = float(conf[n - 1])
+    for share in first:
+        for n in decision_steps(p, precision, share, risk := RISK / len(first)):
+            if luck(int(wrong[n - 1]), n, 1 - precision) > risk: break
+            lowest = min(lowest, float(conf[n - 1]))
     return lowest
 
 # %% ../nbs/02_metrics.ipynb #9ce1a82b

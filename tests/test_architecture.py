@@ -12,7 +12,7 @@ from conftest import ROOT
 
 PACKAGE = "rakuten_nb"
 # From the ground up. A floor is a folder of the package, or a module at its top.
-FLOORS = [{"config", "console", "errors", "files", "metrics", "taxonomy"}, {"data"}, {"models"}, {"evaluation"}, {"serving"}, {"operations"}, {"cli"}]
+FLOORS = [{"config", "console", "errors", "files", "metrics", "params", "taxonomy"}, {"data"}, {"models"}, {"evaluation"}, {"serving"}, {"operations"}, {"cli"}]
 # Within models, from the ground up too; what is not named here is an expert or a part of one.
 SHELVES = [{"experts"}, set(), {"fusion"}, {"bundle", "pools"}, {"training"}, {"workspace"}]
 AN_EXPERT = 1

@@ -228,7 +228,8 @@ def test_too_little_to_learn_from_leaves_with_4(labels: list[str], found: str, c
 
 def test_fifty_products_of_two_classes_suffice(catalog: Path, rakuten: Run, tmp_path: Path) -> None:
     keep(catalog, ["10", "40"] * 25)
-    answer = rakuten("train", catalog, "--bundle", tmp_path / "bundle")
+    (params := tmp_path / "params.yaml").write_text("split: {folds: 2}", encoding="utf-8") # the default experts, in fewer folds
+    answer = rakuten("train", catalog, "--bundle", tmp_path / "bundle", "--params", params)
     assert answer.returncode == 0, answer.stderr
 
 def test_nothing_labelled_cannot_be_judged(catalog: Path, bundle: Path, rakuten: Run) -> None:
@@ -282,8 +283,9 @@ def params(text: str) -> Callable[[Path], list[object]]:
 
 OPTIONS: dict[str, tuple[Callable[[Path], list[object]], tuple[str, ...]]] = { # options of train, what the line names
     "unknown expert": (lambda _: ["--experts", "text,smell"], ("'smell'", "text_linear", "image")),
-    "unknown section": (params("splitt:\n  folds: 3\n"), ("params.yaml", "splitt")),
-    "unknown parameter": (params("split:\n  fold: 3\n"), ("params.yaml", "split.fold")),
+    "unknown section": (params("splitt:\n  folds: 3\n"), ("params.yaml", "splitt", "split, ", "gate")),
+    "a section twice": (params("split: {folds: 3}\nsplit: {folds: 4}\n"), ("params.yaml", "'split' stands there twice", "line 2")),
+    "unknown parameter": (params("split:\n  fold: 3\n"), ("params.yaml", "split.fold", "expected folds, gold_share")),
     "unknown parameter of an expert": (params("text:\n  experts:\n    text_linear:\n      c: 2\n"), ("'c'", "text_linear", "C, max_chars")),
     "a value that does not fit": (params("split:\n  folds: many\n"), ("params.yaml", "split.folds", "'many'")),
     "not YAML": (params("split: [\n"), ("params.yaml", "YAML")),

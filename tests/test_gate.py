@@ -14,8 +14,8 @@ from rakuten_nb.data.split import is_gold
 from rakuten_nb.errors import InputError, TooLittleData
 from rakuten_nb.evaluation.behaviour import BehaviourParams
 from rakuten_nb.evaluation.gate import GateParams, Verdict, floors, gate
-from rakuten_nb.evaluation.sections import read_section
 from rakuten_nb.models.bundle import Bundle, fingerprints, load_bundle
+from rakuten_nb.params import read_section
 
 LENIENT = GateParams(weighted_f1=.3, ece=.4, behaviour=BehaviourParams(rows=40, memory=1, typical=.3)) # what both models reach: only the champion decides
 CHAMPION = "no worse than the champion"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'LIBRARIES', 'COLUMNS', 'Prediction', 'Predictions', 'BundleError', 'listed_files', 'verify_bundle',
-           'meta_hash', 'fingerprints', 'Bundle', 'bundle_meta', 'check_bundle_place', 'save_bundle', 'load_bundle',
-           'prediction_cells', 'write_predictions']
+           'meta_hash', 'fingerprints', 'Bundle', 'bundle_meta', 'check_bundle_place', 'save_bundle', 'load_expert',
+           'load_bundle', 'prediction_cells', 'write_predictions']
 
 # %% ../../nbs/models/25_bundle.ipynb #e0f9ef27
 import csv
@@ -205,6 +205,16 @@ def save_bundle(
     return str(meta["self"])[:12]
 
 # %% ../../nbs/models/25_bundle.ipynb #f0026262
+def load_expert(
+    folder: Path, # of one expert in a verified bundle
+    name: str, # a key of the register
+) -> Expert:
+    "The expert again; raises `BundleError` where another version of this package has written what this one cannot read."
+    try: return expert_class(name).load(folder)
+    except (TypeError, KeyError, ValueError, InputError) as e:
+        raise BundleError(f"{folder}: written by another version of rakuten_nb, which this one cannot read ({type(e).__name__}: {e}); "
+                          "train again, or serve it with the version that made it") from None
+
 def load_bundle(
     folder: Path | str, # of a bundle
     cache_dir: Path | None = None, # where experts may keep embeddings of pictures they meet; nowhere by default
@@ -213,7 +223,7 @@ def load_bundle(
     folder = Path(folder)
     meta = verify_bundle(folder)
     if tuple(meta["classes"]) != CODES: raise BundleError(f"{folder / 'bundle.json'}: expected the {len(CODES)} classes of the taxonomy; found others")
-    experts = {name: expert_class(name).load(folder / "experts" / name) for name in meta["experts"]}
+    experts = {name: load_expert(folder / "experts" / name, name) for name in meta["experts"]}
     for e in experts.values(): e.cache_dir = cache_dir
     with np.load(folder / "trained.npz", allow_pickle=False) as f: trained = f["fingerprints"]
     about = {k: v for k, v in meta.items() if k not in {"format", "classes", "experts", "threshold", "temperatures", "fusion", "libraries", "files", "self"}}

@@ -18,8 +18,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from ..config import get_logger
 from ..console import progress
@@ -31,6 +30,7 @@ from ..metrics import bootstrap_interval, review_threshold, summary, weighted_f1
 from .bundle import Bundle, fingerprints
 from .experts import GROUPS, Expert, expert_class, expert_names
 from .fusion import cross_fitted, fit_fusion, fit_temperature, temper
+from ..params import read_yaml, validated
 from ..taxonomy import CODES
 
 # %% ../../nbs/models/26_training.ipynb #f4656af0
@@ -88,14 +88,9 @@ def read_params(
 ) -> TrainParams:
     "Training parameters; raises `InputError` naming the parameter that is unknown or does not fit."
     if path is None: return TrainParams()
-    try: given = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except OSError as e: raise InputError(f"{path}: cannot be read: {e.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e: raise InputError(f"{path}: is not YAML: {' '.join(str(e).split())}") from None
-    if not isinstance(given, dict): raise InputError(f"{path}: expected sections such as split and text; found {type(given).__name__}")
-    try: out = TrainParams(**{k: v for k, v in given.items() if k not in PIPELINE_SECTIONS})
-    except ValidationError as e:
-        bad = e.errors()[0]
-        raise InputError(f"{path.name}: {'.'.join(map(str, bad['loc']))}: {bad['msg']}; found {str(bad['input'])[:60]!r}") from None
+    given, known = read_yaml(path), (*TrainParams.model_fields, *PIPELINE_SECTIONS)
+    if strange := [name for name in given if name not in known]: raise InputError(f"{path.name}: {strange[0]} is not known; expected {', '.join(known)}")
+    out = validated(TrainParams, {k: v for k, v in given.items() if k not in PIPELINE_SECTIONS}, path.name)
     for section in ("text", "image"):
         for name, params in getattr(out, section).experts.items():
             if (found := make_expert(name, params or {}).modality) != section:
