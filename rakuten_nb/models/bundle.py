@@ -211,7 +211,7 @@ def load_expert(
 ) -> Expert:
     "The expert again; raises `BundleError` where another version of this package has written what this one cannot read."
     try: return expert_class(name).load(folder)
-    except (TypeError, KeyError, ValueError, InputError) as e:
+    except (TypeError, KeyError, ValueError) as e:
         raise BundleError(f"{folder}: written by another version of rakuten_nb, which this one cannot read ({type(e).__name__}: {e}); "
                           "train again, or serve it with the version that made it") from None
 

@@ -8,7 +8,7 @@ __all__ = ['BLOCKS', 'Block', 'fields', 'vectorizer_state', 'rebuild_vectorizer'
 
 # %% ../../nbs/models/21_text_linear.ipynb #28403abc
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -150,16 +150,17 @@ def check_linear(
 ) -> None:
     "Raise `InputError` on a parameter that does not fit."
     check_range("text_linear", params, {"C": (1e-6, 1e6), "max_chars": (1, 1_000_000)})
-    if not params["blocks"] or not set(params["blocks"]) <= set(BLOCKS):
-        raise InputError(f"parameter 'blocks' of expert text_linear: expected some of {', '.join(BLOCKS)}; found {params['blocks']!r}")
+    named = blocks if isinstance(blocks := params["blocks"], list) else []
+    if not named or any(b not in list(BLOCKS) or named.count(b) > 1 for b in named):
+        raise InputError(f"parameter 'blocks' of expert text_linear: expected a list of some of {', '.join(BLOCKS)}; found {str(blocks)[:60]!r}")
 
 # %% ../../nbs/models/21_text_linear.ipynb #64e03140
 class TextLinear(Expert):
     "TF-IDF of words and characters, a logistic regression for each type against the rest."
     name, modality = "text_linear", "text"
 
-    def __init__(self, C: float = 10.0, max_chars: int = 1500, blocks: tuple[str, ...] = tuple(BLOCKS)):
-        super().__init__(C=C, max_chars=max_chars, blocks=list(blocks))
+    def __init__(self, C: float = 10.0, max_chars: int = 1500, blocks: Sequence[str] = tuple(BLOCKS)):
+        super().__init__(C=C, max_chars=max_chars, blocks=list(blocks) if isinstance(blocks, tuple) else blocks)
         check_linear(self.params)
 
     def sees(self, products: Products) -> np.ndarray: # (n,) bool
@@ -202,8 +203,10 @@ class TextLinear(Expert):
     def load(cls, folder: Path) -> Self:
         "Read it back."
         meta, arrays = load_state(folder)
+        scale = np.float32(meta["params"].pop("sharpness", 1)) # support vector machines, which stood here before, scaled their margins
         e = cls(**meta["params"])
         e.state = {k: arrays[k] for k in ("classes", "weights", "biases", "n_train")}
+        if scale != 1: e.state |= {"weights": (e.state["weights"] * scale).astype(np.float16), "biases": e.state["biases"] * scale}
         e.weights = e.state["weights"].astype(np.float32)
         e.vectorizers = {b: rebuild_vectorizer(BLOCKS[b], {k: arrays[f"{b}.{k}"] for k in ("terms", "idf")}) for b in meta["params"]["blocks"]}
         return e

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PIPELINE_SECTIONS', 'CURVE', 'SplitParams', 'FuseParams', 'ExpertsParams', 'TrainParams', 'read_params',
-           'make_expert', 'curve_frame', 'ExpertRun', 'enough', 'Teacher', 'run_expert', 'run_experts', 'runs_frame',
-           'Judgement', 'judge', 'figures', 'judgement_metrics', 'metrics_frame', 'check_enough', 'assemble', 'train']
+           'check_experts', 'make_expert', 'curve_frame', 'ExpertRun', 'enough', 'Teacher', 'run_expert', 'run_experts',
+           'runs_frame', 'Judgement', 'judge', 'figures', 'judgement_metrics', 'metrics_frame', 'check_enough',
+           'assemble', 'train']
 
 # %% ../../nbs/models/26_training.ipynb #2783bc49
 import inspect
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ..config import get_logger
 from ..console import progress
@@ -28,7 +29,7 @@ from ..data.split import Split, make_split
 from ..errors import InputError, TooLittleData
 from ..metrics import bootstrap_interval, review_threshold, summary, weighted_f1
 from .bundle import Bundle, fingerprints
-from .experts import GROUPS, Expert, expert_class, expert_names
+from .experts import EXPERTS, GROUPS, Expert, expert_class, expert_names
 from .fusion import cross_fitted, fit_fusion, fit_temperature, temper
 from ..params import read_yaml, validated
 from ..taxonomy import CODES
@@ -47,7 +48,7 @@ class SplitParams(BaseModel):
 class FuseParams(BaseModel):
     "How experts are pooled and when a person looks."
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-    prior_precision: float = Field(20.0, gt=0)
+    prior_precision: float = Field(20.0, gt=0, le=1e9)
     "How firmly a pattern is held near the shared one."
     review_precision: float = Field(0.95, gt=0, lt=1)
     "Precision that is promised for what nobody reviews."
@@ -59,10 +60,16 @@ class ExpertsParams(BaseModel):
     experts: dict[str, dict[str, Any]]
     "Name → what differs from the expert's defaults."
 
+    @field_validator("experts", mode="before")
+    @classmethod
+    def nothing_differs(cls, given: Any) -> Any:
+        "A name with nothing behind it is that expert with its defaults."
+        return {name: {} if params is None else params for name, params in given.items()} if isinstance(given, dict) else given
+
 class TrainParams(BaseModel):
     "Everything that changes a model."
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**31)
     "Of folds and learners; gold does not depend on it."
     split: SplitParams = SplitParams()
     text: ExpertsParams = ExpertsParams(experts={e: {} for e in GROUPS["text"]})
@@ -89,15 +96,25 @@ def read_params(
     "Training parameters; raises `InputError` naming the parameter that is unknown or does not fit."
     if path is None: return TrainParams()
     given, known = read_yaml(path), (*TrainParams.model_fields, *PIPELINE_SECTIONS)
-    if strange := [name for name in given if name not in known]: raise InputError(f"{path.name}: {strange[0]} is not known; expected {', '.join(known)}")
-    out = validated(TrainParams, {k: v for k, v in given.items() if k not in PIPELINE_SECTIONS}, path.name)
-    for section in ("text", "image"):
-        for name, params in getattr(out, section).experts.items():
-            if (found := make_expert(name, params or {}).modality) != section:
-                raise InputError(f"{path.name}: {section}.experts: expected experts that see a product's {section}; found {name}, "
-                                 f"which belongs under {found}.experts")
-    out.chosen(None)
+    if strange := [name for name in given if name not in known]: raise InputError(f"{path.name}: {strange[0][:60]} is not known; expected {', '.join(known)}")
+    out = validated(TrainParams, {k: v for k, v in given.items() if k not in PIPELINE_SECTIONS and v is not None}, path.name)
+    try:
+        for section in ("text", "image"): check_experts(section, getattr(out, section).experts)
+        out.chosen(None)
+    except InputError as e: raise InputError(f"{path.name}: {e}") from None
     return out
+
+def check_experts(
+    section: str, # text or image
+    experts: Mapping[str, dict[str, Any]], # name → parameters
+) -> None:
+    "Raise `InputError` on an expert of another section, a name that is none, or a parameter that does not fit."
+    for name, params in experts.items():
+        if name not in EXPERTS: raise InputError(f"{section}.experts: {name[:60]!r} is not known; expected {', '.join(EXPERTS)}")
+        try: found = make_expert(name, params).modality
+        except InputError as e: raise InputError(f"{section}.experts: {e}") from None
+        if found != section:
+            raise InputError(f"{section}.experts: expected experts that see a product's {section}; found {name}, which belongs under {found}.experts")
 
 # %% ../../nbs/models/26_training.ipynb #7d47c013
 def make_expert(

@@ -62,9 +62,9 @@ def stage_parameters(
     section, known = SECTIONS.get(name, name), declared_parameters(notebook)
     sections = {"seed", section, *JUDGING, *(SECTIONS.get(s, s) for s in stages)}
     if strange := [s for s in params if s not in sections]: raise InputError(f"params.yaml: {strange[0]} is not known; expected {', '.join(sorted(sections))}")
-    given = params.get(section) or {}
+    given = {} if params.get(section) is None else params[section]
     if not isinstance(given, dict): raise InputError(f"params.yaml: {section}: expected names and values; found {type(given).__name__}")
-    if unknown := sorted(set(given) - known):
+    if unknown := sorted(str(name) for name in given if name not in known):
         raise InputError(f"params.yaml: {section}.{unknown[0]} is not known to {notebook.name}; expected {', '.join(sorted(known - {'seed'})) or 'none'}")
     if missing := sorted(known - set(given) - {"seed"}): raise InputError(f"params.yaml: {section}.{missing[0]} is missing; {notebook.name} declares it")
     return given | ({"seed": params.get("seed", 0)} if "seed" in known and "seed" not in given else {})
