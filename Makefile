@@ -54,8 +54,8 @@ demo: .venv/.installed ## from nothing to predictions on the synthetic sample, a
 	@$(BIN)/python -m rakuten_nb.cli summary
 
 .PHONY: serve
-serve: .venv/.installed ## the API on 127.0.0.1:8000 (PORT=…), with the model in models/bundle; writes a SECRET_KEY into .env if there is none
-	@$(BIN)/rakuten-nb serve --make-secret --port $(PORT)
+serve: .venv/.installed ## the API on 127.0.0.1:8000 (PORT=…), jobs included, with the model in models/bundle; writes a SECRET_KEY into .env if there is none
+	@RAKUTEN_EMBEDDED_WORKER=$${RAKUTEN_EMBEDDED_WORKER:-true} $(BIN)/rakuten-nb serve --make-secret --port $(PORT)
 
 .PHONY: mlflow
 mlflow: .venv/.installed ## runs and registered models in a browser, on 127.0.0.1:5000 (MLFLOW_PORT=…)

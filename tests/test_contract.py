@@ -2,8 +2,10 @@
 import json
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,10 @@ import pytest
 from api_process import USERS, ApiProcess, memory_mb
 from hard_products import encoded, sixteen_bit, turned
 from PIL import Image
+
+from rakuten_nb.config import Settings
+from rakuten_nb.serving.jobs import add_job, end_job, find_jobs
+from rakuten_nb.serving.worker import KINDS, answers_path, job_folder
 
 pytestmark = pytest.mark.services
 
@@ -51,6 +57,28 @@ def well(api: ApiProcess, admin: dict[str, str]) -> None:
 
 # --- requests made from the OpenAPI document
 
+EXAMPLE_JOB = "0123456789abcdef0123456789abcdef" # the one that the document names
+
+@contextmanager
+def example_job(api: ApiProcess) -> Iterator[None]:
+    "A job that has succeeded, there again whenever it was removed."
+    store, stop = api.store(), threading.Event()
+    settings = Settings(rakuten_data_dir=api.home / "data")
+    def keep() -> None:
+        while not stop.wait(0.05):
+            if find_jobs(store, job=EXAMPLE_JOB): continue
+            job_folder(settings, EXAMPLE_JOB).mkdir(parents=True, exist_ok=True)
+            for kind in KINDS: answers_path(settings, EXAMPLE_JOB, kind).write_text("productid\n", encoding="utf-8")
+            add_job(store, EXAMPLE_JOB, "root", [1])
+            end_job(store, EXAMPLE_JOB, "succeeded")
+    thread = threading.Thread(target=keep)
+    thread.start()
+    try: yield
+    finally:
+        stop.set()
+        thread.join()
+        store.close()
+
 def cases_of(events: Path) -> dict[str, Counter[int]]:
     "Operation → how many answers of each status, as schemathesis took them down."
     found: dict[str, Counter[int]] = {}
@@ -65,7 +93,7 @@ def test_every_operation_keeps_to_the_document(target: ApiProcess, admin: dict[s
                "--phases", "examples,coverage,fuzzing", "--max-examples", str(EXAMPLES), "--seed", str(SEED), "--generation-database", "none",
                "--checks", "all", "--exclude-checks", ",".join(EXCLUDED), "--request-timeout", "10", "--no-color",
                "--report", "json,ndjson", "--report-json-path", str(tmp_path / "report.json"), "--report-ndjson-path", str(tmp_path / "events.ndjson")]
-    run = subprocess.run(command, env=target.env, cwd=tmp_path, capture_output=True, text=True, timeout=540, check=False)
+    with example_job(target): run = subprocess.run(command, env=target.env, cwd=tmp_path, capture_output=True, text=True, timeout=540, check=False)
     said = run.stdout[-8000:] + run.stderr[-2000:]
     assert run.returncode == 0, said
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
@@ -79,7 +107,7 @@ def test_every_operation_keeps_to_the_document(target: ApiProcess, admin: dict[s
     assert tested == {"total": len(operations), "selected": len(operations), "tested": len(operations), "skipped": 0, "errored": 0}
     assert set(cases) == operations and report["test_cases"]["generated"] >= GENERATED and counted >= GENERATED, said
     refused_all = {"POST /token"} # nobody's name and password are guessed
-    assert [name for name in operations - refused_all if not cases[name].keys() & {200, 202}] == [], "each did what it is there for, too"
+    assert [name for name in operations - refused_all if not cases[name].keys() & {200, 202, 204}] == [], "each did what it is there for, too"
     well(target, admin)
 
 # --- pictures and forms with something wrong in them

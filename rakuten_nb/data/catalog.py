@@ -9,6 +9,7 @@ __all__ = ['TEXT_COLUMNS', 'LABEL_COLUMNS', 'Products', 'make_products', 'first_
            'catalog_tables', 'safe_cell', 'write_quarantine']
 
 # %% ../../nbs/data/10_catalog.ipynb #f399e56a
+import codecs
 import csv
 import hashlib
 import os
@@ -17,7 +18,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import pandas as pd
@@ -96,24 +97,35 @@ LABEL_COLUMNS = ("prdtypecode",)
 def first_bad_line(
     path: Path, # a file that is not UTF-8
 ) -> int: # 1-based
-    "The first line that is not UTF-8."
+    "The first line that is not UTF-8, found without holding any line in memory."
+    decoder, n = codecs.getincrementaldecoder("utf-8")(), 1
     with path.open("rb") as f:
-        for n, line in enumerate(f, 1):
-            try: line.decode("utf-8")
-            except UnicodeDecodeError: return n
-    return 0
+        while block := f.read(2**20):
+            try: n += decoder.decode(block).count("\n")
+            except UnicodeDecodeError as e: return n + e.object[: e.start].count(b"\n")
+    return n
 
 # %% ../../nbs/data/10_catalog.ipynb #8421ec7a
-csv.field_size_limit(2**31 - 1) # a description may be longer than the module's 131,072 characters; lengths are judged elsewhere
+csv.field_size_limit(2**31 - 1) # a description may be longer than the module's 131,072 characters; lengths are judged here
 
 def csv_rows(
     path: Path, # a CSV file in UTF-8, with or without byte-order mark
+    longest: int = 2**30, # characters that a row may have: no more are ever in memory
 ) -> Iterator[list[str]]: # the header, then every row, all of one length
     "The rows of a CSV file; raises `InputError` naming the file and the line that is not like the header."
+    read = 0 # characters of the row that is being read
+    def lines(f: TextIO) -> Iterator[str]:
+        nonlocal read
+        while line := f.readline(longest + 1):
+            if (read := read + len(line)) > longest:
+                raise InputError(f"{path.name}: line {reader.line_num + 1}: expected a row of at most {longest:,} characters; found more "
+                                 "(a quotation mark that is never closed?)")
+            yield line
     try:
         with path.open(encoding="utf-8-sig", newline="") as f:
-            reader, n = csv.reader(f, strict=True), 0
+            reader, n = csv.reader(lines(f), strict=True), 0
             for row in reader:
+                read = 0
                 if not n and len(row) == 1 and ";" in row[0]: raise InputError(f"{path.name}: expected commas between the fields; found semicolons")
                 n = n or len(row)
                 if row and len(row) != n: raise InputError(f"{path.name}: line {reader.line_num}: expected {n} fields, as in the header; found {len(row)}")
@@ -136,7 +148,7 @@ def read_table(
     df = pd.DataFrame(rows, columns=header, dtype=object)
     return (df.set_index("") if header[0] == "" else df.set_index(df.index.astype(str)))[list(columns)]
 
-# %% ../../nbs/data/10_catalog.ipynb #3dc192c1
+# %% ../../nbs/data/10_catalog.ipynb #51062180
 def check_ids(
     df: pd.DataFrame, # with productid and imageid
     file: str, # named in the message
@@ -146,7 +158,7 @@ def check_ids(
         bad = ~df[column].str.fullmatch(pattern)
         if bad.any(): raise InputError(f"{file}: row {df.index[bad][0]}, field {column}: expected {expected}; found {df[column][bad].iloc[0][:40]!r}")
 
-# %% ../../nbs/data/10_catalog.ipynb #bb140bd6
+# %% ../../nbs/data/10_catalog.ipynb #d28d6e30
 def read_labels(
     path: Path, # Y_train_CVw08PX.csv
     index: pd.Index, # of the products
@@ -163,7 +175,7 @@ def read_labels(
         raise InputError(f"{path.name}: row {y.index[~known][0]}, field prdtypecode: expected one of the 27 known codes; found {y[~known].iloc[0][:40]!r}")
     return code_indices(y.astype(int))
 
-# %% ../../nbs/data/10_catalog.ipynb #1f18f914
+# %% ../../nbs/data/10_catalog.ipynb #b6da6d06
 def picture_folder(
     root: Path, # of the catalogue
     name: str, # image_train or image_test
@@ -185,7 +197,7 @@ def picture_paths(
     out[:] = [folder / f if f in there else None for f in names]
     return out
 
-# %% ../../nbs/data/10_catalog.ipynb #60c04da2
+# %% ../../nbs/data/10_catalog.ipynb #39160dfc
 class Quarantined(NamedTuple):
     "A product's unusable part, set aside."
     productid: str
@@ -208,7 +220,7 @@ def bad_pictures(
         found = zip(rows, progress(pool.map(reason, rows), len(rows), "Checking pictures"), strict=True)
         return {row: why for row, why in found if why}
 
-# %% ../../nbs/data/10_catalog.ipynb #4e683c4a
+# %% ../../nbs/data/10_catalog.ipynb #ce0e5e7f
 @dataclass(repr=False)
 class Catalog:
     "What was read: the products of both splits in input order, what was set aside, and what a person should know."
@@ -234,7 +246,7 @@ class Catalog:
         "The products of `train`, `test` or `all`."
         return self.products[{"train": ~self.is_test, "test": self.is_test, "all": np.full(len(self.is_test), True)}[name]]
 
-# %% ../../nbs/data/10_catalog.ipynb #ce0e5e7f
+# %% ../../nbs/data/10_catalog.ipynb #a4b85759
 def read_split(
     root: Path, # of the catalogue
     name: str, # train or test
@@ -247,7 +259,7 @@ def read_split(
     return Products(_texts(x["productid"]), _texts(x["imageid"]), _texts(x["designation"]), _texts(x["description"]),
                     picture_paths(root, f"image_{name}", x), label)
 
-# %% ../../nbs/data/10_catalog.ipynb #bdc9beb4
+# %% ../../nbs/data/10_catalog.ipynb #d03712da
 def set_aside(
     p: Products, # changed in place: bad pictures become None, contradicted labels -1
     max_pixels: int, # see `bad_pictures`
@@ -266,7 +278,7 @@ def set_aside(
     for row in np.flatnonzero(~p.usable).tolist(): out.append(Quarantined(p.productid[row], p.imageid[row], "", "neither title nor picture"))
     return out
 
-# %% ../../nbs/data/10_catalog.ipynb #d03712da
+# %% ../../nbs/data/10_catalog.ipynb #330b9c9f
 def advice(
     p: Products, # of X_train
     folds: int = 5, # of the cross-validation
@@ -285,7 +297,7 @@ def advice(
              f"products without picture: {(~p.has_picture).sum():,}": not p.has_picture.all()}
     return [line for line, holds in found.items() if holds]
 
-# %% ../../nbs/data/10_catalog.ipynb #330b9c9f
+# %% ../../nbs/data/10_catalog.ipynb #40f5b141
 def absent_files(
     root: Path, # of the catalogue
 ) -> list[str]: # one line, or none
@@ -294,7 +306,7 @@ def absent_files(
     absent = files + [f"{n}/" for n in ("image_train", "image_test") if picture_folder(root, n) is None]
     return [f"not there: {', '.join(absent)}"] if absent else []
 
-# %% ../../nbs/data/10_catalog.ipynb #40f5b141
+# %% ../../nbs/data/10_catalog.ipynb #fa8a67c1
 def read_catalog(
     root: Path | str, # a catalogue directory
     max_pixels: int | None = None, # `Settings.rakuten_max_pixels` by default
@@ -311,7 +323,7 @@ def read_catalog(
     quarantine = set_aside(p, max_pixels or read_settings().rakuten_max_pixels)
     return Catalog(root, p, is_test, quarantine, absent_files(root) + advice(p[~is_test]))
 
-# %% ../../nbs/data/10_catalog.ipynb #e69c045f
+# %% ../../nbs/data/10_catalog.ipynb #246a4274
 def data_hash(
     p: Products,
 ) -> str: # 64 hexadecimal digits
@@ -321,7 +333,7 @@ def data_hash(
         h.update(repr((pid, iid, title, text, "" if pic is None else picture_hash(pic), int(label))).encode("utf-8", "surrogatepass"))
     return h.hexdigest()
 
-# %% ../../nbs/data/10_catalog.ipynb #235b6abd
+# %% ../../nbs/data/10_catalog.ipynb #9d129ebe
 def write_split(
     out: Path, # an existing folder
     name: str, # train or test
@@ -339,7 +351,7 @@ def write_split(
     for pic, iid, pid in zip(p.picture, p.imageid, p.productid, strict=True):
         if pic is not None: (folder / f"image_{iid}_product_{pid}.jpg").write_bytes(picture_bytes(pic))
 
-# %% ../../nbs/data/10_catalog.ipynb #9d129ebe
+# %% ../../nbs/data/10_catalog.ipynb #1585e225
 def write_catalog(
     out: Path, # the folder to make; its parents are made too
     train: Products,
@@ -352,7 +364,7 @@ def write_catalog(
         if test is not None: write_split(part, "test", test, len(train))
     return out
 
-# %% ../../nbs/data/10_catalog.ipynb #de939635
+# %% ../../nbs/data/10_catalog.ipynb #7851982c
 def catalog_tables(
     cat: Catalog,
 ) -> dict[str, pd.DataFrame]: # title → table
@@ -370,7 +382,7 @@ def catalog_tables(
     if cat.warnings: out["Worth knowing"] = pd.DataFrame({"warning": cat.warnings})
     return out
 
-# %% ../../nbs/data/10_catalog.ipynb #7851982c
+# %% ../../nbs/data/10_catalog.ipynb #c015cd91
 def _markdown(self: Catalog) -> str:
     "The report in a notebook."
     return "\n\n".join(f"**{title}**\n\n{md_table(t)}" for title, t in catalog_tables(self).items())
@@ -382,7 +394,7 @@ def _rich(self: Catalog) -> Group:
 Catalog._repr_markdown_ = _markdown # type: ignore[attr-defined]
 Catalog.__rich__ = _rich # type: ignore[attr-defined]
 
-# %% ../../nbs/data/10_catalog.ipynb #23faaacd
+# %% ../../nbs/data/10_catalog.ipynb #931f6a0a
 def safe_cell(
     text: str, # a cell of a CSV file that people open in a spreadsheet
 ) -> str:

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BLOCKS', 'Block', 'fields', 'vectorizer_state', 'rebuild_vectorizer', 'learn_blocks', 'fit_logistic', 'log_logistic',
-           'ngram_shares', 'word_features', 'check_linear', 'TextLinear', 'chord', 'linear_word_evidence']
+           'ngram_shares', 'word_features', 'check_linear', 'read_linear', 'TextLinear', 'chord',
+           'linear_word_evidence']
 
 # %% ../../nbs/models/21_text_linear.ipynb #28403abc
 from collections import Counter
@@ -154,7 +155,18 @@ def check_linear(
     if not named or any(b not in list(BLOCKS) or named.count(b) > 1 for b in named):
         raise InputError(f"parameter 'blocks' of expert text_linear: expected a list of some of {', '.join(BLOCKS)}; found {str(blocks)[:60]!r}")
 
-# %% ../../nbs/models/21_text_linear.ipynb #64e03140
+# %% ../../nbs/models/21_text_linear.ipynb #4732c561
+def read_linear(
+    folder: Path, # of a saved expert
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]: # parameters; arrays
+    "What a linear expert was made of, whichever release saved it."
+    meta, arrays = load_state(folder)
+    params = dict(meta["params"])
+    if (scale := np.float32(params.pop("sharpness", 1))) != 1:
+        arrays |= {"weights": (arrays["weights"] * scale).astype(np.float16), "biases": arrays["biases"] * scale}
+    return params, arrays
+
+# %% ../../nbs/models/21_text_linear.ipynb #d4697717
 class TextLinear(Expert):
     "TF-IDF of words and characters, a logistic regression for each type against the rest."
     name, modality = "text_linear", "text"
@@ -202,16 +214,14 @@ class TextLinear(Expert):
     @classmethod
     def load(cls, folder: Path) -> Self:
         "Read it back."
-        meta, arrays = load_state(folder)
-        scale = np.float32(meta["params"].pop("sharpness", 1)) # support vector machines, which stood here before, scaled their margins
-        e = cls(**meta["params"])
+        params, arrays = read_linear(folder)
+        e = cls(**params)
         e.state = {k: arrays[k] for k in ("classes", "weights", "biases", "n_train")}
-        if scale != 1: e.state |= {"weights": (e.state["weights"] * scale).astype(np.float16), "biases": e.state["biases"] * scale}
         e.weights = e.state["weights"].astype(np.float32)
-        e.vectorizers = {b: rebuild_vectorizer(BLOCKS[b], {k: arrays[f"{b}.{k}"] for k in ("terms", "idf")}) for b in meta["params"]["blocks"]}
+        e.vectorizers = {b: rebuild_vectorizer(BLOCKS[b], {k: arrays[f"{b}.{k}"] for k in ("terms", "idf")}) for b in params["blocks"]}
         return e
 
-# %% ../../nbs/models/21_text_linear.ipynb #bb04bad9
+# %% ../../nbs/models/21_text_linear.ipynb #7aeccd19
 def chord(
     start: np.ndarray, # (k,) logits
     end: np.ndarray, # (k,) logits, others than these
@@ -219,7 +229,7 @@ def chord(
     "Slope of the logarithm of the logistic curve between two logits."
     return (log_logistic(end) - log_logistic(start)) / (end - start)
 
-# %% ../../nbs/models/21_text_linear.ipynb #bdb3b90e
+# %% ../../nbs/models/21_text_linear.ipynb #d4b962f4
 def linear_word_evidence(
     expert: TextLinear, # fitted
     title: str,

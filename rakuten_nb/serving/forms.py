@@ -23,24 +23,29 @@ from ..config import Settings
 from .problems import Problem
 
 # %% ../../nbs/serving/42c_forms.ipynb #662998f0
-READ_SECONDS = 30 # a body that takes longer is given up
+READ_SECONDS = 30.0 # without another piece a body is given up; one that is to be held in memory has as long for all of it
 
 async def limited_body(
     request: Request,
     max_bytes: int, # more than this is refused
     what: str, # the limit in words
+    longest: float = READ_SECONDS, # seconds for the whole body
+    idle: float = READ_SECONDS, # seconds for the next piece
 ) -> AsyncIterator[bytes]: # pieces
     "The body as it comes; raises `Problem` 413 as soon as it is too large, 408 if it does not come."
     too_large = Problem(413, "too-large", f"body: expected {what}; found more")
     if int(request.headers.get("content-length") or 0) > max_bytes: raise too_large
-    seen = 0
-    try:
-        async with asyncio.timeout(READ_SECONDS):
-            async for piece in request.stream():
-                seen += len(piece)
-                if seen > max_bytes: raise too_large
-                yield piece
-    except TimeoutError: raise Problem(408, "slow", f"body: expected all of it within {READ_SECONDS} s", {"Connection": "close"}) from None
+    seen, pieces, now = 0, request.stream(), asyncio.get_running_loop().time
+    end = now() + longest
+    while True:
+        try:
+            async with asyncio.timeout_at(min(end, now() + idle)): piece = await anext(pieces, None)
+        except TimeoutError:
+            detail = f"body: expected all of it within {longest:g} s, and each piece within {idle:g} s"
+            raise Problem(408, "slow", detail, {"Connection": "close"}) from None
+        if piece is None: return
+        if (seen := seen + len(piece)) > max_bytes: raise too_large
+        yield piece
 
 # %% ../../nbs/serving/42c_forms.ipynb #bf26d08f
 MAX_FIELDS = 32
@@ -93,7 +98,7 @@ async def read_fields(
         if given.count(name) > 1: raise Problem(422, "field", f"{name}: expected once; found {given.count(name)} times")
     return {name: value for name, value in pairs if value}
 
-# %% ../../nbs/serving/42c_forms.ipynb #9e024524
+# %% ../../nbs/serving/42c_forms.ipynb #5bc9e489
 TEXT_FIELDS = ("designation", "description", "product_identifier", "product_id", "imageid")
 PREDICT_FIELDS = (*TEXT_FIELDS, "image", "explain")
 CHOICES = {"true": True, "1": True, "false": False, "0": False, "": False}
@@ -128,7 +133,7 @@ def choice_field(
     if said not in CHOICES: raise Problem(422, "field", f"{name}: expected {', '.join(c for c in CHOICES if c)}; found {said[:40]!r}")
     return CHOICES[said]
 
-# %% ../../nbs/serving/42c_forms.ipynb #09c9851e
+# %% ../../nbs/serving/42c_forms.ipynb #9e99d8bd
 async def read_product(
     request: Request,
     settings: Settings,

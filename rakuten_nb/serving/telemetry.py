@@ -45,6 +45,9 @@ class Telemetry:
         self.reloads = Counter("rakuten_model_reloads", "Requests for another model that were followed.", ["outcome"], registry=r)
         self.logins = Counter("rakuten_logins", "Tokens asked for.", ["outcome"], registry=r)
         self.lost = Counter("rakuten_predictions_lost", "Predictions that could not be written to the store.", registry=r)
+        self.jobs = Gauge("rakuten_jobs", "Jobs in the store: every process tells the same.", ["status"], registry=r)
+        self.job_rows = Counter("rakuten_job_rows", "Rows of jobs that are done, by the store: every process tells the same.", ["state"], registry=r)
+        self.told_rows: dict[str, int] = {}
 
     def predicted(self, answer: Prediction, model_version: str) -> None:
         "Count an answer."
@@ -57,6 +60,12 @@ class Telemetry:
         "Tell which model is served."
         self.model.clear()
         if model_version: self.model.labels(model_version).set(1)
+
+    def has_jobs(self, jobs: dict[str, int], rows: dict[str, int]) -> None: # by status; by state, since the store was made
+        "Tell how many jobs there are, and how many rows were done."
+        for status, n in jobs.items(): self.jobs.labels(status).set(n)
+        for state, n in rows.items(): self.job_rows.labels(state).inc(max(n - self.told_rows.get(state, 0), 0))
+        self.told_rows = dict(rows)
 
     def exposition(self) -> bytes: # text format 0.0.4
         "What Prometheus reads."
