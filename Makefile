@@ -19,8 +19,8 @@ UPGRADE ?=
 PYTEST := $(BIN)/python -m pytest
 # pytest leaves with 5 when no test carries the mark, which is no failure.
 OR_NONE := || [ $$? -eq 5 ]
-# Chapters of experts that a model has on request only, and of timings: proved with the tests of services. A plain `nbdev_test` runs all.
-LATER := (22b_text_transformer|23b_applications|23c_finetune|55_bench)\.ipynb
+# Chapters of experts and pools that a model has on request only, and of timings: proved with the tests of services. A plain `nbdev_test` runs all.
+LATER := (22b_text_transformer|23b_applications|23c_finetune|24a_pools|55_bench)\.ipynb
 PORT ?= 8000
 MLFLOW_PORT ?= 5000
 # Images: which engine (docker, podman or buildah; else the first that answers), over which Python image, with which further

@@ -9,6 +9,7 @@ def content(folder: Path) -> dict[str, bytes]: # relative path → bytes
     "Every file of a folder."
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
+@pytest.mark.services # for its time: two trainings
 def test_two_processes_train_and_predict_the_same(trained: Path, sample_catalog: Path, hard_catalog: Path, rakuten: Run, tmp_path: Path) -> None:
     (options := tmp_path / "params.yaml").write_text(f"split:\n  folds: {FOLDS}\n", encoding="utf-8")
     another = {"PYTHONHASHSEED": "4711", "OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2", "RAKUTEN_DATA_DIR": str(tmp_path / "data")}

@@ -1,4 +1,5 @@
 "The lines of the README that talk to the service work as they are printed."
+import csv
 import json
 import re
 import subprocess
@@ -12,23 +13,28 @@ from conftest import ROOT, needs
 BLOCKS = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
 HERE = "http://127.0.0.1:8000"
 
-def lines_for_a_client() -> str:
-    "The block with curl in it."
-    (block,) = [b for b in BLOCKS if f"curl -s {HERE}" in b]
+def lines_with(words: str) -> str:
+    "The block with these words in it."
+    (block,) = [b for b in BLOCKS if words in b]
     return str(block)
+
+def type_in(lines: str, api: ApiProcess, home: Path, catalog: Path) -> subprocess.CompletedProcess[str]:
+    "Type lines where `make demo` has left what they need."
+    (home / "data").mkdir(parents=True)
+    (home / ".venv").symlink_to(ROOT / ".venv")
+    (home / "data/raw").symlink_to(catalog)
+    script = f"set -euo pipefail\n{lines.replace(HERE, api.url)}"
+    answer = subprocess.run(["bash", "-c", script], cwd=home, env=api.env, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    return answer
 
 @pytest.mark.services
 @needs("curl")
 def test_the_curl_lines_work_as_printed(own_api: ApiProcess, sample_catalog: Path, tmp_path: Path) -> None:
-    lines, home = lines_for_a_client(), tmp_path / "project"
+    lines = lines_with(f"curl -s {HERE}")
     assert [f"{HERE}/{route}" in lines for route in ("token", "predict ", "predict_code")] == [True] * 3
-    (home / "data").mkdir(parents=True) # what `make demo` leaves, as far as these lines need it
-    (home / ".venv").symlink_to(ROOT / ".venv")
-    (home / "data/raw").symlink_to(sample_catalog)
     own_api.start()
-    script = f"set -euo pipefail\n{lines.replace(HERE, own_api.url)}"
-    answer = subprocess.run(["bash", "-c", script], cwd=home, env=own_api.env, capture_output=True, text=True, check=False)
-    assert answer.returncode == 0, answer.stderr
+    answer = type_in(lines, own_api, tmp_path / "project", sample_catalog)
     said, documents = answer.stdout, []
     while "{" in said:
         said = said[said.index("{") :]
@@ -39,3 +45,14 @@ def test_the_curl_lines_work_as_printed(own_api: ApiProcess, sample_catalog: Pat
     assert [set(d["experts"]) for d in both] == [{"text_linear", "image"}, {"text_linear"}]
     assert both[0]["predictions"][0]["label"] == 2583, "a pool"
     assert KEY not in answer.stdout + answer.stderr
+
+@pytest.mark.services
+@needs("curl")
+def test_a_file_of_products_is_sent_as_printed(own_api: ApiProcess, sample_catalog: Path, tmp_path: Path) -> None:
+    sent, asked, fetched = lines_with("/jobs/$JOB").split("\n\n")
+    own_api.env["RAKUTEN_EMBEDDED_WORKER"] = "true" # as `make serve` has it
+    own_api.start()
+    wait = f"until ({asked}\n) | grep -q succeeded; do sleep 0.2; done"
+    type_in("\n".join((lines_with(f"curl -s {HERE}"), sent, asked, wait, fetched)), own_api, home := tmp_path / "project", sample_catalog)
+    said, asked_for = (list(csv.reader(f.open(encoding="utf-8"))) for f in (home / "predictions.csv", sample_catalog / "X_test_update.csv"))
+    assert said[0][:3] == ["productid", "imageid", "prdtypecode"] and [row[0] for row in said[1:]] == [row[3] for row in asked_for[1:]]

@@ -101,5 +101,5 @@ WRONG: dict[str, tuple[str, dict[str, object], str]] = {
 def test_a_parameter_that_cannot_be_is_refused_before_anything_is_read(case: str, rakuten: Run, tmp_path: Path) -> None:
     expert, own, said = WRONG[case]
     answer = rakuten("train", tmp_path / "no such catalogue", "--bundle", tmp_path / "bundle", "--params", params_file(tmp_path, expert, own))
-    assert (answer.returncode, answer.stderr.strip()) == (2, f"error: parameter {said}")
+    assert (answer.returncode, answer.stderr.strip()) == (2, f"error: params.yaml: text.experts: parameter {said}")
     assert not (tmp_path / "bundle").exists()

@@ -96,6 +96,7 @@ def execute(
     log.setLevel(logging.INFO)
     log.propagate = False
     log.addHandler(handler := PassOn())
+    logging.getLogger("tornado").setLevel(logging.CRITICAL) # what it says of a kernel that ends while a message is under way
     out.parent.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("RAKUTEN_PROGRESS", "lines")
     try:
