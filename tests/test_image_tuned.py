@@ -78,4 +78,4 @@ def test_what_was_taught_is_served_without_what_teaches(shared: Path, python: Ru
 def test_a_parameter_that_does_not_fit_is_one_line(own: dict[str, object], said: str, tmp_path: Path) -> None:
     (path := tmp_path / "params.yaml").write_text(json.dumps({"image": {"experts": {NAME: own}}}), encoding="utf-8")
     with pytest.raises(InputError) as error: read_params(path)
-    assert str(error.value).startswith(said) and "\n" not in str(error.value)
+    assert str(error.value).startswith(f"params.yaml: image.experts: {said}") and "\n" not in str(error.value)
