@@ -87,6 +87,7 @@ class Service:
     unpacking: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "unpack"))
     working: tuple[Worker, threading.Thread] | None = None # on jobs
     counted: float = 0.0 # time.monotonic() when jobs were counted last
+    counting: asyncio.Task[None] | None = None # who is at it
 
 # %% ../../nbs/serving/42f_service.ipynb #735695ee
 async def start_service(
@@ -123,6 +124,7 @@ async def stop_service(
 ) -> None:
     "End its threads and write down what waits."
     if service.working: service.working[0].stopping.set()
+    if service.counting: await service.counting
     for batcher in (service.batcher, service.explainer): await batcher.close()
     if service.working: await asyncio.to_thread(service.working[1].join, 20)
     pools = service.decoding, service.decoding_large, service.unpacking
@@ -133,12 +135,16 @@ COUNT_SECONDS = 2.0
 
 async def count_jobs(
     service: Service,
+    patience: float = 0.25, # seconds
 ) -> None:
-    "Bring the numbers of jobs up to date."
-    if time.monotonic() - service.counted < COUNT_SECONDS: return
-    service.counted = time.monotonic()
-    try: service.telemetry.has_jobs(*await asyncio.to_thread(job_numbers, service.store))
-    except StoreAway: return
+    "Bring the numbers of jobs up to date, unless the store takes its time: then they are for the next who asks."
+    if service.counting is None and time.monotonic() - service.counted >= COUNT_SECONDS:
+        async def count() -> None:
+            try: service.telemetry.has_jobs(*await asyncio.to_thread(job_numbers, service.store))
+            except StoreAway: return
+            finally: service.counting, service.counted = None, time.monotonic()
+        service.counting = asyncio.create_task(count())
+    if service.counting is not None: await asyncio.wait({service.counting}, timeout=patience)
 
 # %% ../../nbs/serving/42f_service.ipynb #7d0fd4e1
 LOGIN_FIELDS = ("username", "password", "grant_type", "scope", "client_id", "client_secret")
