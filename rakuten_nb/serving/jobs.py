@@ -9,7 +9,7 @@ __all__ = ['LEASE', 'MOST_TRIES', 'UNFINISHED', 'STATUSES', 'Job', 'new_job_id',
 
 # %% ../../nbs/serving/44_jobs.ipynb #a8a8d698
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import accumulate
@@ -78,11 +78,12 @@ class Claim:
     rows: int # 0: all rows are done, and the files are to be written
     tries: int # how often it has been claimed
     error: str # why the try before this one came to nothing
+    user: str # whose job it is
     worker: str
 
 _free = (~job_chunks.c.done & (job_chunks.c.lease.is_(None) | (job_chunks.c.lease < sa.bindparam("now"))) &
          ((job_chunks.c.rows > 0) | (jobs.c.done == jobs.c.rows))) # the files come when all rows are there
-_claimed = [job_chunks.c[name] for name in ("job", "number", "first", "rows", "tries", "error")]
+_claimed = [*(job_chunks.c[name] for name in ("job", "number", "first", "rows", "tries", "error")), jobs.c.user]
 
 def claim_chunk(
     store: Store,
@@ -137,6 +138,7 @@ def finish_chunk(
     claim: Claim,
     cells: list[list[str]], # a line of each row
     errors: int = 0, # how many of them are without an answer
+    also: Callable[[sa.Connection], None] = lambda c: None, # what else belongs into the transaction
 ) -> bool: # False where the claim was lost, and nothing is written
     "Write a chunk's answers, its end and the job's progress, all or nothing."
     states = {"answered": len(cells) - errors, "error": errors}
@@ -147,6 +149,7 @@ def finish_chunk(
             if not c.execute(_held(claim).values(done=True, lease=None)).rowcount: raise _Lost
             c.execute(job_results.insert(), [{"job": claim.job, "row": claim.first + i, "cells": row} for i, row in enumerate(cells)])
             for state, n in states.items(): c.execute(job_totals.update().where(job_totals.c.state == state).values(rows=job_totals.c.rows + n))
+            also(c)
     except _Lost: return False
     return True
 

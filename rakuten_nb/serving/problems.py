@@ -58,14 +58,15 @@ def request_id_of(
 
 # %% ../../nbs/serving/42a_problems.ipynb #9f1ca3c0
 REASONS: dict[int, str] = {
-    400: "The body is not a form, or the scope is not one of the role's.",
+    400: "The body is not what it says it is, or the scope is not one of the role's.",
     401: "No token, or one that has expired, was forged, or whose user is gone; at `/token`: wrong name or password.",
     403: "The token does not permit this.",
     404: "There is nothing here.",
     405: "Not with this method.",
     408: "The body did not come in time.",
+    409: "Something else was said before.",
     413: "A picture, a text or the whole body is too large.",
-    415: "The body is of another type than a form.",
+    415: "The body is of a type that is not read here.",
     422: "A field is missing or wrong: the detail names it.",
     429: "Too many requests; `Retry-After` says when to come again.",
     500: "An error of ours; the log has it under the request's id.",

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BELIEVE_SECONDS', 'EXPLAIN_WAITING', 'UPLOADS', 'JOB_QUESTIONS', 'COUNT_SECONDS', 'LOGIN_FIELDS', 'LARGE',
-           'Acquaintances', 'Service', 'start_service', 'start_worker', 'stop_service', 'count_jobs', 'unauthorised',
+           'Acquaintances', 'Service', 'start_service', 'start_worker', 'stop_service', 'count_stored', 'unauthorised',
            'log_in', 'known_caller', 'as_products', 'answer_batch', 'no_model', 'bad_picture', 'give_memory_back',
-           'picture_inputs', 'prepare_picture', 'classify']
+           'picture_inputs', 'prepare_picture', 'keep_prediction', 'classify']
 
 # %% ../../nbs/serving/42f_service.ipynb #669ce2e1
 import asyncio
@@ -24,18 +24,20 @@ import numpy as np
 from ..config import Settings
 from ..data.catalog import Products, make_products
 from ..data.picture import PictureError, decode_picture, open_picture
-from ..data.profile import product_numbers
 from ..errors import InputError
 from ..evaluation.explain import Explanation, explain
 from ..models.bundle import Bundle, Prediction
 from ..models.image import PreparedPicture
 from .batching import Batcher
+from .feedback import count_waiting, live_accuracy
 from .forms import ProductForm, text_field
 from .jobs import job_numbers
 from .journal import Journal
 from .keeper import Keeper, start_keeper
+from .kept import ServedProduct, prediction_columns
 from .limits import Counter, LoginThrottle, UserLimit
 from .problems import Problem
+from .retention import start_sweeping
 from .security import MAX_PASSWORD, ROLES, TokenError, check_password, granted_scopes, make_token, read_token, signing_key
 from .store import Store, StoreAway, User, find_user, open_store, utc_now
 from .telemetry import Telemetry
@@ -86,7 +88,8 @@ class Service:
     uploads: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(UPLOADS))
     unpacking: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "unpack"))
     working: tuple[Worker, threading.Thread] | None = None # on jobs
-    counted: float = 0.0 # time.monotonic() when jobs were counted last
+    sweeping: tuple[threading.Event, threading.Thread] | None = None # what is over
+    counted: float = 0.0 # time.monotonic() when the store's rows were counted last
     counting: asyncio.Task[None] | None = None # who is at it
 
 # %% ../../nbs/serving/42f_service.ipynb #735695ee
@@ -106,8 +109,10 @@ async def start_service(
         raise
     batcher: Batcher[ProductForm, tuple[Prediction, Bundle]] = Batcher(lambda products: answer_batch(keeper, telemetry, products))
     explainer: Batcher[tuple[ProductForm, Bundle], Explanation] = Batcher(lambda asked: [explain(b, as_products([p])) for p, b in asked], 1, EXPLAIN_WAITING)
-    service = Service(settings, store, telemetry, keeper, Journal(store, telemetry.lost.inc), UserLimit(counter, settings.rakuten_rate_limit_predict),
+    journal = Journal(store, telemetry.lost.inc, data_dir=settings.rakuten_data_dir, on_unkept=telemetry.unkept.inc)
+    service = Service(settings, store, telemetry, keeper, journal, UserLimit(counter, settings.rakuten_rate_limit_predict),
                       UserLimit(counter, JOB_QUESTIONS, "jobs"), LoginThrottle(counter), Acquaintances(lambda name: find_user(store, name)), batcher, explainer)
+    service.sweeping = start_sweeping(store, settings)
     if settings.rakuten_embedded_worker: service.working = start_worker(service)
     return service
 
@@ -124,23 +129,27 @@ async def stop_service(
 ) -> None:
     "End its threads and write down what waits."
     if service.working: service.working[0].stopping.set()
+    if service.sweeping: service.sweeping[0].set()
     if service.counting: await service.counting
     for batcher in (service.batcher, service.explainer): await batcher.close()
-    if service.working: await asyncio.to_thread(service.working[1].join, 20)
+    for threads in (service.working, service.sweeping):
+        if threads: await asyncio.to_thread(threads[1].join, 20)
     pools = service.decoding, service.decoding_large, service.unpacking
     for end in (service.keeper.close, service.journal.close, *(pool.shutdown for pool in pools), service.store.close): await asyncio.to_thread(end)
 
 # %% ../../nbs/serving/42f_service.ipynb #4b97ed91
 COUNT_SECONDS = 2.0
 
-async def count_jobs(
+async def count_stored(
     service: Service,
     patience: float = 0.25, # seconds
 ) -> None:
-    "Bring the numbers of jobs up to date, unless the store takes its time: then they are for the next who asks."
+    "Bring the numbers of jobs and feedback up to date, unless the store takes its time: then they are for the next who asks."
     if service.counting is None and time.monotonic() - service.counted >= COUNT_SECONDS:
         async def count() -> None:
-            try: service.telemetry.has_jobs(*await asyncio.to_thread(job_numbers, service.store))
+            try:
+                service.telemetry.has_jobs(*await asyncio.to_thread(job_numbers, service.store))
+                service.telemetry.has_feedback(await asyncio.to_thread(live_accuracy, service.store), await asyncio.to_thread(count_waiting, service.store))
             except StoreAway: return
             finally: service.counting, service.counted = None, time.monotonic()
         service.counting = asyncio.create_task(count())
@@ -264,7 +273,25 @@ def prepare_picture(
     picture.inputs = (service.decoding_large if large else service.decoding).submit(picture_inputs, service, raw, large)
     return picture, large
 
-# %% ../../nbs/serving/42f_service.ipynb #31ea0842
+# %% ../../nbs/serving/42f_service.ipynb #4850e522
+def keep_prediction(
+    service: Service,
+    product: ProductForm,
+    picture: bytes | None, # as it was sent
+    answer: Prediction,
+    bundle: Bundle, # that gave it
+    user: str, # who asked
+    request_id: str,
+) -> None:
+    "Count an answer and give it to the journal, the product too if it is one to keep."
+    settings = service.settings
+    service.telemetry.predicted(answer, bundle.version)
+    served = ServedProduct(product.designation, product.description, product.imageid, picture, answer.needs_review)
+    row = prediction_columns(answer, served, request_id=request_id, at=utc_now(), user=user, product_id=product.product_id, model_version=bundle.version)
+    keep = settings.rakuten_keep_days and (answer.needs_review or settings.rakuten_feedback_minutes)
+    service.journal.add(row, served if keep else None)
+
+# %% ../../nbs/serving/42f_service.ipynb #d5add71f
 async def classify(
     service: Service,
     product: ProductForm,
@@ -274,7 +301,8 @@ async def classify(
     "A product's type; it is counted and written to the journal. Raises `Problem` 422 or 503."
     if product.explain and service.explainer.waiting.full():
         raise Problem(503, "overloaded", "too many explanations are waiting; try again in 2 s", {"Retry-After": "2"})
-    picture, large = prepare_picture(service, product.picture) if product.picture else (None, False)
+    raw = product.picture
+    picture, large = prepare_picture(service, raw) if raw else (None, False)
     question: asyncio.Future[tuple[Prediction, Bundle]] | None = None
     try:
         if picture and large: await asyncio.wrap_future(picture.inputs) # or the others in its batch would wait for its pixels
@@ -287,9 +315,5 @@ async def classify(
         if question is not None: question.cancel() # nothing is done by this where there is an answer
     if answer.prdtypecode is None:
         raise Problem(422, "unseen", f"this model has no expert for a product with nothing but {'a picture' if product.picture else 'a text'}")
-    service.telemetry.predicted(answer, bundle.version)
-    service.journal.add({"request_id": request_id, "at": utc_now(), "user": user, "product_id": product.product_id, "prdtypecode": answer.prdtypecode,
-                         "confidence": answer.confidence, "needs_review": answer.needs_review, "top5": answer.top5, "experts": answer.experts,
-                         "model_version": bundle.version, "variant": "champion",
-                         "profile": list(product_numbers(product.designation, product.description, product.picture is not None).values())})
+    keep_prediction(service, product, raw, answer, bundle, user, request_id)
     return answer, bundle.version, await service.explainer.ask((product, bundle)) if product.explain else None

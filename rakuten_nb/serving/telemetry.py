@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..config import get_logger
 from ..models.bundle import Prediction
+from .feedback import LiveAccuracy
 from .problems import Problem, problem_response
 
 # %% ../../nbs/serving/42_telemetry.ipynb #a64a6f62
@@ -48,6 +49,12 @@ class Telemetry:
         self.jobs = Gauge("rakuten_jobs", "Jobs in the store: every process tells the same.", ["status"], registry=r)
         self.job_rows = Counter("rakuten_job_rows", "Rows of jobs that are done, by the store: every process tells the same.", ["state"], registry=r)
         self.told_rows: dict[str, int] = {}
+        self.unkept = Counter("rakuten_products_unkept", "Products that found no room to be kept for review.", registry=r)
+        self.waiting = Gauge("rakuten_review_waiting", "Products that wait for a reviewer: every process tells the same.", registry=r)
+        by = ["model_version", "answers"]
+        self.live = {name: Gauge(f"rakuten_live_{name}", f"{what}; answers: all, or those that were doubtful or sure.", by, registry=r)
+                     for name, what in {"feedback": "Answers of which somebody said what is true", "accuracy": "Share of them that was right",
+                                        "accuracy_low": "Its 95 % interval's lower end", "accuracy_high": "Its 95 % interval's upper end"}.items()}
 
     def predicted(self, answer: Prediction, model_version: str) -> None:
         "Count an answer."
@@ -66,6 +73,14 @@ class Telemetry:
         for status, n in jobs.items(): self.jobs.labels(status).set(n)
         for state, n in rows.items(): self.job_rows.labels(state).inc(max(n - self.told_rows.get(state, 0), 0))
         self.told_rows = dict(rows)
+
+    def has_feedback(self, live: list[LiveAccuracy], waiting: int) -> None:
+        "Tell what people said of the answers, and how many products wait for them."
+        self.waiting.set(waiting)
+        for gauge in self.live.values(): gauge.clear()
+        for found in live:
+            for name, value in (("feedback", found.n), ("accuracy", found.accuracy), ("accuracy_low", found.low), ("accuracy_high", found.high)):
+                self.live[name].labels(found.model_version, found.answers).set(value)
 
     def exposition(self) -> bytes: # text format 0.0.4
         "What Prometheus reads."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'BATCH_ROWS', 'BATCH_BYTES', 'TYPED', 'HEARTBEAT', 'IDLE', 'TIDY', 'job_folder', 'answers_path',
-           'remove_files', 'row_picture', 'row_batches', 'answer_rows', 'write_answers', 'write_files', 'held_claim',
-           'GivenUp', 'Worker', 'work_on', 'finish_job', 'clear_files', 'tidy_jobs', 'work_until']
+           'remove_files', 'row_picture', 'row_batches', 'answer_rows', 'log_columns', 'write_answers', 'write_files',
+           'held_claim', 'GivenUp', 'Worker', 'work_on', 'finish_job', 'clear_files', 'tidy_jobs', 'work_until']
 
 # %% ../../nbs/serving/44b_worker.ipynb #6b11ed89
 import csv
@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ..config import Settings, get_logger
 from ..data.catalog import make_products, safe_cell
@@ -43,7 +44,8 @@ from rakuten_nb.serving.jobs import (
     renew_claim,
     stop_disabled,
 )
-from .store import Store, StoreAway
+from .kept import ServedProduct, kept_columns, prediction_columns
+from .store import Store, StoreAway, insert_predictions, utc_now
 from .upload import LONGEST_UPLOAD, PICTURES, UPLOAD, Archive, UploadedRow, open_archive, read_chunk
 
 # %% ../../nbs/serving/44b_worker.ipynb #01f3841f
@@ -117,7 +119,7 @@ def answer_rows(
     rows: list[UploadedRow],
     pictures: list[bytes | None],
     wrong: list[str], # why a row's picture or text was set aside
-) -> tuple[list[list[str]], int]: # a line of each row, in the order of `COLUMNS`; rows without an answer
+) -> list[tuple[Prediction, list[str]]]: # of each row the answer, and its line in the order of `COLUMNS`
     "What a bundle says of a few products; one that it cannot bear costs no other its answer."
     ids, images, titles, texts = (list(column) for column in zip(*rows, strict=True))
     products = make_products(titles, texts, list(pictures), ids, images)
@@ -125,14 +127,33 @@ def answer_rows(
     try: found = list(bundle.predict_chunk(products))
     except Exception as e:
         if len(rows) > 1: # one of them, and the others shall not suffer for it
-            each = [answer_rows(bundle, [r], [p], [w]) for r, p, w in zip(rows, pictures, wrong, strict=True)]
-            return [line for lines, _ in each for line in lines], sum(n for _, n in each)
+            return [one for r, p, w in zip(rows, pictures, wrong, strict=True) for one in answer_rows(bundle, [r], [p], [w])]
         get_logger("serving_logger").error("a row could not be answered", extra={"error": type(e).__name__})
         found, wrong = [Prediction(None, "", "", 0.0, True, [], {}, "")], ["an error of ours; the log has it"]
     cells = [prediction_cells(r.productid, r.imageid, p, why) for r, p, why in zip(rows, found, wrong, strict=True)]
-    return [[c[name] for name in COLUMNS] for c in cells], sum(p.prdtypecode is None for p in found)
+    return [(p, [c[name] for name in COLUMNS]) for p, c in zip(found, cells, strict=True)]
 
 # %% ../../nbs/serving/44b_worker.ipynb #4aed5859
+def log_columns(
+    claim: Claim,
+    bundle: Bundle,
+    settings: Settings,
+    row: int, # its place in the job, counted from zero
+    product: UploadedRow,
+    picture: bytes | None,
+    answer: Prediction, # that has a type
+) -> tuple[dict[str, Any], dict[str, Any] | None]: # columns of `predictions`; of `kept`, where the product is kept
+    "A row as the log has it; a doubtful row's picture is put on the disk, and left out where that does not take it."
+    at, served = utc_now(), ServedProduct(product.title, product.description, product.imageid, picture, True)
+    columns = prediction_columns(answer, served, request_id=f"{claim.job}-{row + 1}", at=at, user=claim.user, product_id=product.productid,
+                                 model_version=bundle.version)
+    if not answer.needs_review or not settings.rakuten_keep_days: return columns, None
+    try: return columns, kept_columns(settings.rakuten_data_dir, served, at)
+    except OSError as e:
+        get_logger("serving_logger").error("a product could not be kept", extra={"request_id": columns["request_id"], "error": e.strerror})
+        return columns, None
+
+# %% ../../nbs/serving/44b_worker.ipynb #720dd022
 TYPED: dict[str, Callable[[str], object]] = {
     "prdtypecode": lambda cell: int(cell) if cell else None, "confidence": lambda cell: float(cell) if cell else None,
     "needs_review": lambda cell: cell == "true"}
@@ -169,7 +190,7 @@ def write_files(
         try: os.link(path, shown)
         except OSError: shutil.copyfile(path, shown) # a file system without links
 
-# %% ../../nbs/serving/44b_worker.ipynb #720dd022
+# %% ../../nbs/serving/44b_worker.ipynb #3a971b68
 HEARTBEAT, IDLE, TIDY = 10.0, 0.5, 60.0 # seconds: a claim is renewed, an idle worker looks again, what is over is cleared away
 
 @contextmanager
@@ -195,7 +216,7 @@ def held_claim(
 class GivenUp(Exception):
     "A chunk is left to others: this worker is to stop, or the claim was lost."
 
-# %% ../../nbs/serving/44b_worker.ipynb #359a7c53
+# %% ../../nbs/serving/44b_worker.ipynb #a41083f2
 class Worker:
     "Works on jobs until it is told to stop."
     def __init__(self,
@@ -223,14 +244,15 @@ class Worker:
         if self.archive: self.archive[1].zip.close()
         self.archive = None
 
-    def answer(self, claim: Claim, bundle: Bundle, lost: threading.Event) -> tuple[list[list[str]], int]:
-        "The lines of a chunk, and how many of them are without an answer."
-        rows, lines, errors = read_chunk(job_folder(self.settings, claim.job), claim.number), [], 0 # type: ignore[var-annotated]
-        for batch in row_batches(rows, self.pictures_of(claim.job), self.settings):
+    def answer(self, claim: Claim, bundle: Bundle, lost: threading.Event) -> tuple[list[list[str]], list[Any]]:
+        "The lines of a chunk, and what is logged of those that have an answer."
+        rows, lines, log = read_chunk(job_folder(self.settings, claim.job), claim.number), [], [] # type: ignore[var-annotated]
+        for part, pictures, wrong in row_batches(rows, self.pictures_of(claim.job), self.settings):
             if self.stopping.is_set() or lost.is_set(): raise GivenUp
-            more, without = answer_rows(bundle, *batch)
-            lines, errors = lines + more, errors + without
-        return lines, errors
+            for product, picture, (found, line) in zip(part, pictures, answer_rows(bundle, part, pictures, wrong), strict=True):
+                if found.prdtypecode is not None: log.append(log_columns(claim, bundle, self.settings, claim.first + len(lines), product, picture, found))
+                lines.append(line)
+        return lines, log
 
     def step(self) -> bool: # whether there was something to do
         "Claim a chunk and work on it."
@@ -238,7 +260,7 @@ class Worker:
         work_on(self, claim, bundle)
         return True
 
-# %% ../../nbs/serving/44b_worker.ipynb #3a971b68
+# %% ../../nbs/serving/44b_worker.ipynb #ae8d3ce2
 def work_on(
     worker: Worker,
     claim: Claim,
@@ -252,7 +274,9 @@ def work_on(
     try:
         with held_claim(worker.store, claim, worker.heartbeat) as lost:
             if claim.rows:
-                finish_chunk(worker.store, claim, *worker.answer(claim, bundle, lost))
+                lines, log = worker.answer(claim, bundle, lost)
+                rows, products = ([pair[i] for pair in log] for i in (0, 1))
+                finish_chunk(worker.store, claim, lines, len(lines) - len(log), lambda c: insert_predictions(c, rows, products))
                 return
             write_files(worker.store, worker.settings, job)
         finish_job(worker, job, "succeeded")
@@ -275,7 +299,7 @@ def finish_job(
     if end_job(worker.store, job, status, message): worker.log.info("job ended", extra={"job": job, "status": status, "error": message})
     clear_files(worker.store, worker.settings, job)
 
-# %% ../../nbs/serving/44b_worker.ipynb #557e754c
+# %% ../../nbs/serving/44b_worker.ipynb #8cc6a4e3
 def clear_files(
     store: Store,
     settings: Settings,
@@ -312,7 +336,7 @@ def tidy_jobs(
         job = shown.stem.removeprefix("job-")
         if re.fullmatch("[0-9a-f]{32}", job) and job not in known: remove_files(settings, job)
 
-# %% ../../nbs/serving/44b_worker.ipynb #ae8d3ce2
+# %% ../../nbs/serving/44b_worker.ipynb #486d0e29
 def work_until(
     worker: Worker,
     idle: float = IDLE, # seconds between two looks of a worker that has nothing to do
