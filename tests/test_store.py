@@ -17,10 +17,12 @@ from api_process import free_port
 from conftest import needs_postgres
 
 from rakuten_nb.errors import InputError, RakutenError
+from rakuten_nb.serving.feedback import count_waiting
 from rakuten_nb.serving.jobs import job_numbers
 from rakuten_nb.serving.journal import Journal
 from rakuten_nb.serving.store import (
     ADDED,
+    SCHEMA,
     Store,
     StoreAway,
     add_predictions,
@@ -118,7 +120,7 @@ def test_processes_that_make_it_at_once_all_come_up(database: Database, env: dic
     for url in urls:
         store = open_store(url)
         assert [u.name for u in list_users(store)] == names
-        with store.reading() as c: assert c.execute(sa.text("SELECT count(*), max(version) FROM store_version")).one() == (1, 2)
+        with store.reading() as c: assert c.execute(sa.text("SELECT count(*), max(version) FROM store_version")).one() == (1, SCHEMA)
         store.close()
 
 def test_threads_that_make_it_at_once_all_come_up(database: Database) -> None:
@@ -149,33 +151,39 @@ def test_opening_it_again_keeps_what_is_there(database: Database, store: Store) 
     assert [u.name for u in list_users(again)] == ["marie"]
     again.close()
 
-@pytest.mark.parametrize("found", [0, 3, 99, None])
+@pytest.mark.parametrize("found", [0, SCHEMA + 1, 99, None])
 def test_tables_of_another_version_are_refused(database: Database, store: Store, found: int | None) -> None:
     change = "DELETE FROM store_version" if found is None else f"UPDATE store_version SET version = {found}"
     with store.writing() as c: c.execute(sa.text(change))
-    with pytest.raises(InputError, match=f"expected tables of version 2; found {found}"): open_store(database.url)
+    with pytest.raises(InputError, match=f"expected tables of version {SCHEMA}; found {found}"): open_store(database.url)
 
-def as_version_1(store: Store) -> None:
-    "Take away what version 2 brought."
-    for table in ADDED[2]: table.drop(store.engine)
-    with store.writing() as c: c.execute(sa.text("UPDATE store_version SET version = 1"))
+def as_version(store: Store, version: int) -> None:
+    "Take away what later versions brought."
+    for added in range(version + 1, SCHEMA + 1):
+        for table in ADDED[added]: table.drop(store.engine)
+    with store.writing() as c:
+        if version < 3: c.execute(sa.text("DROP INDEX ix_predictions_product_id"))
+        c.execute(sa.text(f"UPDATE store_version SET version = {version}"))
 
-def test_tables_of_the_version_before_get_what_is_missing_and_keep_what_is_there(database: Database, store: Store) -> None:
+@pytest.mark.parametrize("version", range(1, SCHEMA))
+def test_tables_of_an_older_version_get_what_is_missing_and_keep_what_is_there(database: Database, store: Store, version: int) -> None:
     add_user(store, "marie", HASH)
-    as_version_1(store)
+    as_version(store, version)
     opened: list[Store] = []
     together([lambda: opened.append(open_store(database.url))] * 6)
     for other in opened: other.close()
-    assert [u.name for u in list_users(store)] == ["marie"] and job_numbers(store)[1] == {"answered": 0, "error": 0}
-    with store.reading() as c: assert c.execute(sa.text("SELECT count(*), max(version) FROM store_version")).one() == (1, 2)
+    assert [u.name for u in list_users(store)] == ["marie"] and job_numbers(store)[1] == {"answered": 0, "error": 0} and count_waiting(store) == 0
+    indexes = {name for table in ("predictions", "kept", "feedback") for name in (i["name"] for i in sa.inspect(store.engine).get_indexes(table))}
+    assert {"ix_predictions_product_id", "ix_kept_content", "ix_feedback_prediction"} <= indexes
+    with store.reading() as c: assert c.execute(sa.text("SELECT count(*), max(version) FROM store_version")).one() == (1, SCHEMA)
 
 def test_a_table_of_another_program_in_the_way_of_a_new_one_is_left_alone(database: Database, store: Store) -> None:
-    as_version_1(store)
+    as_version(store, 1)
     with store.writing() as c: c.execute(sa.text("CREATE TABLE jobs (theirs INTEGER)"))
     with pytest.raises(InputError, match="found only jobs"): open_store(database.url)
     with store.reading() as c: assert c.execute(sa.text("SELECT version FROM store_version")).scalar() == 1
 
-@pytest.mark.parametrize("table", ["users", "predictions", "model_requests", "jobs"])
+@pytest.mark.parametrize("table", ["users", "predictions", "model_requests", "jobs", "feedback"])
 def test_tables_of_another_program_are_refused_and_left_alone(database: Database, table: str) -> None:
     url = database.another()
     if url.startswith("sqlite"): Path(sa.make_url(url).database or "").parent.mkdir()

@@ -183,22 +183,26 @@ def store_prune(dry_run: Annotated[bool, typer.Option("--dry-run", help="Only co
     with settings_store() as opened: done = prune_store(opened, read_settings(), dry_run)
     out_console().print(f"{'would remove' if dry_run else 'removed'}: " + ", ".join(f"{n:,} {what}" for what, n in done.items()))
 
+# %% ../../nbs/serving/47_commands.ipynb #d0f2b176
 @store.command("erase")
 def store_erase(
-    product: Annotated[str | None, typer.Option(metavar="ID", help="Forget this product: predictions, text, picture, feedback.", show_default=False)] = None,
-    user: Annotated[str | None, typer.Option(metavar="NAME", help="Forget this user: account, predictions, jobs, feedback.", show_default=False)] = None,
+    product: Annotated[str | None, typer.Option(metavar="ID", help="All that is known of this product.", show_default=False)] = None,
+    request: Annotated[str | None, typer.Option(metavar="ID", help="What was sent with this request, where it had no product id.", show_default=False)] = None,
+    user: Annotated[str | None, typer.Option(metavar="NAME", help="This user: account, predictions, words, jobs.", show_default=False)] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
-    "Forget one product, or one user, at once and for good."
-    from rakuten_nb.serving.retention import erase_product, erase_user
-    if bool(product) == bool(user): raise InputError("--product, --user: expected one of the two")
+    "Forget one product, one request or one user, at once and for good."
+    from rakuten_nb.serving.retention import erase_product, erase_request, erase_user
+    asked = {what: name for what, name in (("product", product), ("request", request), ("user", user)) if name}
+    if len(asked) != 1: raise InputError(f"--product, --request, --user: expected one of them; found {' and '.join(asked) or 'none'}")
+    ((what, name),) = asked.items()
     if not yes:
         if not sys.stdin.isatty(): raise InputError("--yes: expected where nobody can be asked")
-        typer.confirm(f"Forget {'product' if product else 'user'} {product or user} for good?", abort=True)
+        typer.confirm(f"Forget {what} {name} for good?", abort=True)
     holding: list[str] = []
     with settings_store() as opened:
-        if product: done, holding = erase_product(opened, read_settings(), product)
-        else: done = erase_user(opened, read_settings(), user or "")
+        if what == "product": done, holding = erase_product(opened, read_settings(), name)
+        else: done = (erase_request if what == "request" else erase_user)(opened, read_settings(), name)
     con = out_console()
     con.print("erased: " + ", ".join(f"{n:,} {what}" for what, n in done.items()))
     if holding: con.print(f"answers of {len(holding)} jobs still name it; DELETE /jobs/ID removes them: {', '.join(holding)}", soft_wrap=True)

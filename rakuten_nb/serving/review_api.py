@@ -200,6 +200,7 @@ async def read_feedback(
         if name not in FEEDBACK_FIELDS: raise Problem(422, "field", f"field {name[:80]!r}: not known; expected {', '.join(FEEDBACK_FIELDS)}")
     return checked_feedback(fields)
 
+# %% ../../nbs/serving/45b_review_api.ipynb #ab159877
 def checked_feedback(
     fields: dict[str, Any], # some of `FEEDBACK_FIELDS`
 ) -> tuple[str, str, int]: # request id, product id (one of the two is ""), product type

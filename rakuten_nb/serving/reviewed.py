@@ -64,6 +64,7 @@ def _verdict(words: list[_Word], anybody: bool) -> tuple[_Word | None, str]: # w
     said = sorted({w.prdtypecode for w in words})
     return (words[-1], "") if len(said) == 1 else (None, f"users disagree: {', '.join(map(str, said))}")
 
+# %% ../../nbs/serving/45c_reviewed.ipynb #93b140e9
 def collect_reviewed(
     store: Store,
     data_dir: Path, # `Settings.rakuten_data_dir`

@@ -149,7 +149,7 @@ async def count_stored(
         async def count() -> None:
             try:
                 service.telemetry.has_jobs(*await asyncio.to_thread(job_numbers, service.store))
-                service.telemetry.has_feedback(await asyncio.to_thread(live_accuracy, service.store), await asyncio.to_thread(count_waiting, service.store))
+                service.telemetry.reviewed.tell(await asyncio.to_thread(live_accuracy, service.store), await asyncio.to_thread(count_waiting, service.store))
             except StoreAway: return
             finally: service.counting, service.counted = None, time.monotonic()
         service.counting = asyncio.create_task(count())
