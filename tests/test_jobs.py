@@ -26,7 +26,7 @@ from api_process import USERS, ApiProcess, memory_mb
 from conftest import Run, needs_postgres
 
 from rakuten_nb.serving.jobs import find_jobs, job_numbers, leftover_jobs
-from rakuten_nb.serving.store import change_user, job_results, jobs, utc_now
+from rakuten_nb.serving.store import change_user, job_results, jobs, predictions, utc_now
 
 if TYPE_CHECKING:
     from servers import Postgres
@@ -372,7 +372,8 @@ def test_a_job_expires(own_api: ApiProcess) -> None:
 
 # --- whoever dies
 
-ROWS, KILLS = 3000, 2
+KILLS = 2
+how_many = pytest.mark.parametrize("rows", [pytest.param(3000, marks=pytest.mark.services), pytest.param(20_000, marks=pytest.mark.heavy)])
 
 def kill(*processes: "subprocess.Popen[bytes] | None") -> None:
     "End processes without a word."
@@ -413,22 +414,24 @@ def killed_and_restarted(api: ApiProcess, crew: int, workers: list[JobWorker], c
     assert (found["status"], found["done"], found["rows"]) == ("succeeded", rows, rows), found
     until(lambda: not leftover_jobs(store))
     assert job_numbers(store)[1] == {"answered": rows - found["errors"], "error": found["errors"]}, "each row was counted once"
+    with store.reading() as c: logged = c.execute(sa.select(predictions.c.request_id).order_by(predictions.c.id)).scalars().all()
+    assert len(logged) == len(set(logged)) == rows - found["errors"], "and is once in the log of predictions"
     store.close()
     return api.client.get(f"/jobs/{job}/predictions.csv", headers=header).content
 
-@pytest.mark.services
+@how_many
 def test_every_row_is_answered_once_whoever_is_killed(own_api: ApiProcess, workers: list[JobWorker], sample_catalog: Path, bundle: Path, rakuten: Run,
-                                                      tmp_path: Path) -> None:
-    catalog = many_products(sample_catalog, tmp_path / "catalogue", ROWS)
-    assert killed_and_restarted(own_api, 1, workers, catalog, ROWS) == predicted(rakuten, bundle, catalog)
+                                                      tmp_path: Path, rows: int) -> None:
+    catalog = many_products(sample_catalog, tmp_path / "catalogue", rows)
+    assert killed_and_restarted(own_api, 1, workers, catalog, rows) == predicted(rakuten, bundle, catalog)
 
-@pytest.mark.services
+@how_many
 @needs_postgres
 def test_every_row_is_answered_once_by_two_workers_on_postgresql(own_api: ApiProcess, workers: list[JobWorker], sample_catalog: Path, bundle: Path,
-                                                                 rakuten: Run, tmp_path: Path, postgres: str) -> None:
+                                                                 rakuten: Run, tmp_path: Path, postgres: str, rows: int) -> None:
     own_api.env["RAKUTEN_DATABASE_URL"] = postgres
-    catalog = many_products(sample_catalog, tmp_path / "catalogue", ROWS)
-    assert killed_and_restarted(own_api, 2, workers, catalog, ROWS) == predicted(rakuten, bundle, catalog)
+    catalog = many_products(sample_catalog, tmp_path / "catalogue", rows)
+    assert killed_and_restarted(own_api, 2, workers, catalog, rows) == predicted(rakuten, bundle, catalog)
 
 @pytest.mark.services
 @needs_postgres
