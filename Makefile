@@ -189,7 +189,8 @@ lock: .venv/.installed ## requirements/*.txt from settings.ini; UPGRADE=--upgrad
 	compile all --all-extras $(UPGRADE); \
 	set -- --constraint requirements/all.txt --upgrade; \
 	compile serve "$$@"; \
-	compile dev --extra train --extra lite2 --extra pretrained --extra transformer --extra dev "$$@"; \
+	compile dev --extra train --extra lite2 --extra pretrained --extra transformer --extra bento --extra dev "$$@"; \
+	compile bento --extra bento "$$@"; \
 	compile ops --extra ops "$$@"; \
 	compile scale --extra scale "$$@"
 

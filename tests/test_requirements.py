@@ -9,7 +9,8 @@ from conftest import ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-LOCKS: dict[str, list[str]] = {"serve": [], "dev": ["train", "lite2", "pretrained", "transformer", "dev"], "ops": ["ops"], "scale": ["scale"]}
+LOCKS: dict[str, list[str]] = {"serve": [], "dev": ["train", "lite2", "pretrained", "transformer", "bento", "dev"],
+                               "bento": ["bento"], "ops": ["ops"], "scale": ["scale"]}
 
 def pins(path: Path) -> dict[str, str]:
     "Name → version of a lock file."
