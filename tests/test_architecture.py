@@ -17,7 +17,8 @@ FLOORS = [{"config", "console", "errors", "files", "metrics", "params", "taxonom
 SHELVES = [{"experts"}, set(), {"fusion"}, {"bundle", "pools"}, {"training"}, {"workspace"}]
 AN_EXPERT = 1
 # What a serving process never loads.
-HEAVY = {"IPython", "dvc", "ipykernel", "keras", "matplotlib", "mlflow", "nbclient", "nbformat", "onnx", "papermill", "tensorflow", "tf2onnx", "torch"}
+HEAVY = {"IPython", "bentoml", "dvc", "ipykernel", "keras", "matplotlib", "mlflow", "nbclient", "nbformat", "onnx", "papermill", "tensorflow", "tf2onnx",
+         "torch"}
 LIGHT = [f"{PACKAGE}.cli", f"{PACKAGE}.models.bundle", f"{PACKAGE}.serving.api"]
 
 def module_name(path: Path) -> str:

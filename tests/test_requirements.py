@@ -35,3 +35,8 @@ def test_a_lock_holds_what_is_asked_for(lock: str) -> None:
 def test_all_locks_fit_one_environment(lock: str) -> None:
     everything, found = pins(ROOT / "requirements" / "all.txt"), pins(ROOT / "requirements" / f"{lock}.txt")
     assert {name: version for name, version in found.items() if everything.get(name) != version} == {}
+
+def test_a_bento_installs_what_serves_and_bentoml() -> None:
+    serve, bento = (pins(ROOT / "requirements" / f"{lock}.txt") for lock in ("serve", "bento"))
+    assert serve.items() <= bento.items()
+    assert "httptools" not in bento, "uvicorn would take it, and headers without end"
