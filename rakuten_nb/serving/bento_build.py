@@ -73,4 +73,4 @@ def bento_build(
 ) -> None:
     "Pack a bundle, the package and the list of what they need into BentoML's store."
     tag = build_bento(bundle or read_settings().rakuten_bundle, version)
-    out_console().print(f"{tag}: built; `BENTOML_DO_NOT_TRACK=True bentoml serve {tag}` serves it", soft_wrap=True, highlight=False)
+    out_console().out(f"{tag}: built; `BENTOML_DO_NOT_TRACK=True bentoml serve {tag}` serves it") # as it is: a version may look like an emoji's name
