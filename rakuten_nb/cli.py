@@ -25,6 +25,7 @@ from .config import read_settings
 from .console import err_console, out_console, rich_table
 from .data.catalog import Catalog, advice, read_catalog, write_quarantine
 from .errors import AnswerIsNo, InputError, RakutenError
+from .serving.bento_build import bento
 from .serving.commands import feedback, jobs, settings_store, store, users
 
 # %% ../nbs/60_cli.ipynb #ec31499f
@@ -395,7 +396,7 @@ def serve(
     uvicorn.run(create_app(settings), host=host, port=port, http="h11", access_log=False, server_header=False, timeout_graceful_shutdown=30)
 
 # %% ../nbs/60_cli.ipynb #ae6a7643
-for name, group in (("users", users), ("jobs", jobs), ("feedback", feedback), ("store", store)): app.add_typer(group, name=name)
+for name, group in (("users", users), ("jobs", jobs), ("feedback", feedback), ("store", store), ("bento", bento)): app.add_typer(group, name=name)
 
 # %% ../nbs/60_cli.ipynb #629df964
 @app.command()

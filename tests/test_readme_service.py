@@ -28,20 +28,24 @@ def type_in(lines: str, api: ApiProcess, home: Path, catalog: Path) -> subproces
     assert answer.returncode == 0, answer.stderr
     return answer
 
-@pytest.mark.services
-@needs("curl")
-def test_the_curl_lines_work_as_printed(own_api: ApiProcess, sample_catalog: Path, tmp_path: Path) -> None:
-    lines = lines_with(f"curl -s {HERE}")
-    assert [f"{HERE}/{route}" in lines for route in ("token", "predict ", "predict_code")] == [True] * 3
-    own_api.start()
-    answer = type_in(lines, own_api, tmp_path / "project", sample_catalog)
-    said, documents = answer.stdout, []
+def documents(said: str) -> list[dict[str, Any]]:
+    "The JSON objects among what was printed."
+    found: list[dict[str, Any]] = []
     while "{" in said:
         said = said[said.index("{") :]
         document, end = json.JSONDecoder().raw_decode(said)
-        documents.append(document)
+        found.append(document)
         said = said[end:]
-    both: list[dict[str, Any]] = documents
+    return found
+
+@pytest.mark.services
+@needs("curl")
+def test_the_curl_lines_work_as_printed(own_api: ApiProcess, sample_catalog: Path, tmp_path: Path) -> None:
+    lines = lines_with(f"curl -s {HERE}/predict")
+    assert [f"{HERE}/{route}" in lines for route in ("token", "predict ", "predict_code")] == [True] * 3
+    own_api.start()
+    answer = type_in(lines, own_api, tmp_path / "project", sample_catalog)
+    both = documents(answer.stdout)
     assert [set(d["experts"]) for d in both] == [{"text_linear", "image"}, {"text_linear"}]
     assert both[0]["predictions"][0]["label"] == 2583, "a pool"
     assert KEY not in answer.stdout + answer.stderr
@@ -53,6 +57,19 @@ def test_a_file_of_products_is_sent_as_printed(own_api: ApiProcess, sample_catal
     own_api.env["RAKUTEN_EMBEDDED_WORKER"] = "true" # as `make serve` has it
     own_api.start()
     wait = f"until ({asked}\n) | grep -q succeeded; do sleep 0.2; done"
-    type_in("\n".join((lines_with(f"curl -s {HERE}"), sent, asked, wait, fetched)), own_api, home := tmp_path / "project", sample_catalog)
+    type_in("\n".join((lines_with(f"curl -s {HERE}/predict"), sent, asked, wait, fetched)), own_api, home := tmp_path / "project", sample_catalog)
     said, asked_for = (list(csv.reader(f.open(encoding="utf-8"))) for f in (home / "predictions.csv", sample_catalog / "X_test_update.csv"))
     assert said[0][:3] == ["productid", "imageid", "prdtypecode"] and [row[0] for row in said[1:]] == [row[3] for row in asked_for[1:]]
+
+@pytest.mark.services
+@needs("curl")
+def test_a_doubtful_product_is_reviewed_as_printed(own_api: ApiProcess, sample_catalog: Path, tmp_path: Path) -> None:
+    own_api.start()
+    once_more = "sleep 1.5" # the log of predictions may be a second behind, whoever types is slower than that
+    lines = "\n".join((lines_with(f"curl -s {HERE}/predict"), once_more, lines_with("/review?limit=3")))
+    said = documents(type_in(lines, own_api, home := tmp_path / "project", sample_catalog).stdout)
+    (page,), (word,) = ([d for d in said if key in d] for key in ("waiting", "reviewed"))
+    assert {i["title"] for i in page["items"]} == {"Lot de cartes Pokémon", "Piscine hors sol ronde"} and page["waiting"] == 2
+    assert word["user"] == "rose" and word["prdtypecode"] == 2583 and word["reviewed"] and word["request_id"] == page["items"][0]["request_id"]
+    exported, before = (len((folder / "Y_train_CVw08PX.csv").read_text(encoding="utf-8").splitlines()) for folder in (home / "reviewed", sample_catalog))
+    assert exported == before + 1
