@@ -25,8 +25,8 @@ import sqlalchemy as sa
 from api_process import USERS, ApiProcess, memory_mb
 from conftest import Run, needs_postgres
 
-from rakuten_nb.serving.jobs import find_jobs, job_numbers, leftover_jobs
-from rakuten_nb.serving.store import change_user, job_results, jobs, predictions, utc_now
+from rakuten_nb.serving.jobs import add_job, claim_chunk, find_jobs, job_numbers, leftover_jobs, renew_claim
+from rakuten_nb.serving.store import add_user, change_user, job_results, jobs, open_store, predictions, utc_now
 
 if TYPE_CHECKING:
     from servers import Postgres
@@ -449,4 +449,16 @@ def test_a_worker_outlasts_its_database(own_api: ApiProcess, workers: list[JobWo
     found = ended(own_api, header, job)
     assert (found["status"], found["done"]) == ("succeeded", 2000) and workers[0].process.poll() is None
     assert workers[0].stop(signal.SIGINT) == 0
+    store.close()
+
+@pytest.mark.services
+@needs_postgres
+def test_claims_go_by_the_databases_clock(postgres: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store(postgres)
+    add_user(store, "marie", "x" * 60)
+    add_job(store, "a" * 32, "marie", [3])
+    claim = claim_chunk(store, "one machine")
+    for hours in (-2, 2):
+        for module in ("store", "jobs"): monkeypatch.setattr(f"rakuten_nb.serving.{module}.utc_now", lambda hours=hours: utc_now() + timedelta(hours=hours))
+        assert claim and claim_chunk(store, "another, whose clock is wrong") is None and renew_claim(store, claim)
     store.close()

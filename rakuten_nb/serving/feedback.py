@@ -86,8 +86,13 @@ def drop_feedback(
     prediction: int,
     user: str,
 ) -> bool: # False where there was none
-    "Take back what a user said."
-    with store.writing() as c: return bool(c.execute(feedback.delete().where(feedback.c.prediction == prediction, feedback.c.user == user)).rowcount)
+    "Take back what a user said; a product that was kept for that alone is kept no longer than others."
+    others = sa.exists().where(feedback.c.prediction == kept.c.prediction)
+    doubtful = sa.exists().where(predictions.c.id == kept.c.prediction, predictions.c.needs_review)
+    with store.writing() as c:
+        gone = c.execute(feedback.delete().where(feedback.c.prediction == prediction, feedback.c.user == user)).rowcount
+        c.execute(kept.update().where(kept.c.prediction == prediction, ~others, ~doubtful).values(wanted=False))
+    return bool(gone)
 
 # %% ../../nbs/serving/45a_feedback.ipynb #a32e22b8
 @dataclass(frozen=True)

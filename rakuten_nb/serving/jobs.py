@@ -16,7 +16,7 @@ from itertools import accumulate
 
 import sqlalchemy as sa
 
-from .store import Store, job_chunks, job_results, job_totals, jobs, users, utc_now
+from .store import Store, job_chunks, job_results, job_totals, jobs, shared_now, users, utc_now
 
 # %% ../../nbs/serving/44_jobs.ipynb #5545852a
 LEASE = timedelta(seconds=30)
@@ -90,8 +90,8 @@ def claim_chunk(
     worker: str, # what tells it from all others
 ) -> Claim | None: # None where nothing is to be done
     "Take the next chunk."
-    now = utc_now()
     with store.writing() as c:
+        now = shared_now(c)
         waiting = sa.exists().where(job_chunks.c.job == jobs.c.id, _free)
         least = sa.select(jobs.c.id).where(_unfinished, waiting).order_by(jobs.c.turn, jobs.c.created).limit(1).with_for_update()
         if (job := c.execute(least, {"now": now}).scalar()) is None: return None
@@ -115,7 +115,7 @@ def renew_claim(
 ) -> bool: # False where it is somebody else's by now, or nobody wants it any more
     "Go on holding a chunk."
     with store.writing() as c:
-        held = c.execute(_held(claim).values(lease=utc_now() + LEASE)).rowcount
+        held = c.execute(_held(claim).values(lease=shared_now(c) + LEASE)).rowcount
         wanted = c.execute(sa.select(jobs.c.id).where(jobs.c.id == claim.job, jobs.c.status == "running")).scalar()
     return bool(held and wanted)
 
@@ -127,7 +127,8 @@ def release_claim(
 ) -> None:
     "Give a chunk back."
     tries = claim.tries if error else claim.tries - 1
-    with store.writing() as c: c.execute(_held(claim).values(lease=utc_now() + timedelta(seconds=wait), worker="", tries=tries, error=error[:300]))
+    with store.writing() as c:
+        c.execute(_held(claim).values(lease=shared_now(c) + timedelta(seconds=wait), worker="", tries=tries, error=error[:300]))
 
 # %% ../../nbs/serving/44_jobs.ipynb #112092ca
 class _Lost(Exception):

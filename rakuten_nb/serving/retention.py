@@ -22,7 +22,7 @@ from ..data.catalog import csv_rows
 from ..errors import InputError, RakutenError
 from .jobs import UNFINISHED, end_job, find_jobs, remove_job
 from .kept import kept_path
-from .store import Store, feedback, jobs, kept, predictions, users, utc_now
+from .store import Store, feedback, jobs, kept, model_requests, predictions, users, utc_now
 from .worker import remove_files
 
 # %% ../../nbs/serving/45d_retention.ipynb #5f29c88f
@@ -161,6 +161,7 @@ def erase_user(
     with store.writing() as c:
         words = c.execute(feedback.delete().where(feedback.c.user == name)).rowcount
         known = c.execute(users.delete().where(users.c.name == name)).rowcount
+        c.execute(model_requests.update().where(model_requests.c.user == name).values(user=""))
     done = _erase(store, settings, predictions.c.user == name)
     done |= {"feedback": done["feedback"] + words, "jobs": len(mine), "users": known}
     if not any(done.values()): raise InputError(f"user {name[:80]}: nothing is known of that name")

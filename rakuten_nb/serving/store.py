@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'tables', 'store_version', 'users', 'predictions', 'model_requests', 'model_reports', 'jobs', 'job_chunks',
            'job_results', 'job_totals', 'kept', 'feedback', 'ADDED', 'ANSWER_SECONDS', 'UtcDateTime', 'utc_now',
-           'StoreAway', 'Store', 'shown_url', 'make_engine', 'open_store', 'User', 'add_user', 'find_user',
-           'list_users', 'change_user', 'insert_predictions', 'add_predictions', 'ask_for_model', 'last_model_request',
-           'report_model', 'model_news']
+           'StoreAway', 'Store', 'shared_now', 'shown_url', 'make_engine', 'open_store', 'User', 'add_user',
+           'find_user', 'list_users', 'change_user', 'insert_predictions', 'add_predictions', 'ask_for_model',
+           'last_model_request', 'report_model', 'model_news']
 
 # %% ../../nbs/serving/41_store.ipynb #e41a3125
 import fcntl
@@ -165,6 +165,12 @@ def _plain_errors(engine: sa.Engine) -> Iterator[None]:
     except DBAPIError as e:
         raise StoreAway(f"database {shown_url(engine.url)}: {' '.join(str(e.orig).split())[:300]}") from e
     except sa.exc.TimeoutError: raise StoreAway(f"database {shown_url(engine.url)}: all connections are busy") from None
+
+def shared_now(connection: sa.Connection) -> datetime:
+    "This moment, by a clock that all who use the database share: its own, or for a file that of its machine."
+    if connection.dialect.name == "sqlite": return utc_now()
+    found: datetime = connection.execute(sa.select(sa.func.timezone("UTC", sa.func.clock_timestamp()))).scalar_one()
+    return found.replace(tzinfo=UTC)
 
 def shown_url(url: sa.URL) -> str:
     "A database's address without its password, which may also stand among the options."
