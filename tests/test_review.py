@@ -3,6 +3,7 @@ import contextlib
 import csv
 import io
 import re
+import resource
 import shutil
 import sqlite3
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
+import numpy as np
 import pytest
 from api_process import USERS, ApiProcess
 from conftest import Run, needs_postgres, needs_redis
@@ -263,7 +265,7 @@ def test_a_product_a_request_and_a_user_are_forgotten(api: ApiProcess, who: dict
     second = asked(api, who["marie"], STRANGE.format("without an id"))
     waits(api, who["rose"], second["request_id"])
     files = lambda: [p for p in (api.home / "data/kept").glob("??/*") if p.read_bytes() == own]
-    assert len(files()) == 1 and files()[0].stat().st_mode & 0o77 == 0
+    assert len(files()) == 1 and (api.home / "data/kept").stat().st_mode & 0o77 == 0
     done = command(api, "store", "erase", "--product", "forget-1", "--yes")
     assert done.returncode == 0 and "1 predictions, 1 products, 0 feedback, 1 pictures" in done.stdout and not files(), done.stderr
     assert command(api, "store", "erase", "--request", second["request_id"], "--yes").returncode == 0
@@ -296,15 +298,22 @@ def test_who_keeps_nothing_has_nothing_to_review(env: dict[str, str], tmp_path: 
         assert b"Zorblax" not in b"".join(p.read_bytes() for p in (api.home / "data").rglob("*") if p.is_file() and "models" not in p.parts)
         assert "zorblax" not in api.log().lower(), "nor does the log hold what a merchant wrote"
 
-def test_a_picture_that_finds_no_place_costs_no_answer(env: dict[str, str], tmp_path: Path, bundle: Path, picture: bytes) -> None:
+@pytest.mark.parametrize("full", [False, True])
+def test_a_picture_that_finds_no_place_costs_no_answer(full: bool, env: dict[str, str], tmp_path: Path, bundle: Path) -> None:
     (tmp_path / "api/data").mkdir(parents=True)
-    (tmp_path / "api/data/kept").write_text("a file where a folder should be")
+    if not full: (tmp_path / "api/data/kept").write_text("a file where a folder should be")
+    noise = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 255, (900, 900, 3), np.uint8)), "PNG") # 2.4 MB
     with ApiProcess(env, tmp_path / "api", bundle) as api:
         api.add_users(**USERS)
-        answer = asked(api, api.token("marie"), STRANGE.format("no place"), picture)
+        marie, rose = api.token("marie"), api.token("rose")
+        assert api.process
+        if full: resource.prlimit(api.process.pid, resource.RLIMIT_FSIZE, (2**21, resource.RLIM_INFINITY)) # as much as the disk takes of a file
+        answer = asked(api, marie, STRANGE.format("no place"), noise)
         until(lambda: "rakuten_products_unkept_total 1.0" in api.client.get("/metrics").text)
-        assert say(api, api.token("rose"), 10, request_id=answer["request_id"]).json()["kept"] is False
-        assert "a product could not be kept" in api.log() and "Zorblax" not in api.log()
+        assert say(api, rose, 10, request_id=answer["request_id"]).json()["kept"] is False
+        assert "a product could not be kept" in api.log() and "Zorblax" not in api.log() and "Traceback" not in api.terminal()
+        after = asked(api, marie, STRANGE.format("without a picture"))
+        assert waits(api, rose, after["request_id"])["title"] == STRANGE.format("without a picture"), "and what comes later is kept"
 
 # --- the loop is closed
 

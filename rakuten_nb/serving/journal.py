@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import get_logger
+from ..errors import InputError
 from .kept import ServedProduct, kept_columns
 from .store import Store, StoreAway, add_predictions
 
@@ -50,8 +51,12 @@ class Journal:
 
     def _run(self) -> None:
         "Write now and then, until asked to stop; then once more."
-        while not self.stopping.wait(self.every): write_waiting(self)
-        write_waiting(self)
+        ending = False
+        while not ending:
+            ending = self.stopping.wait(self.every)
+            try: write_waiting(self)
+            except Exception as e: # a mistake of ours: what waits shall not be lost by it
+                get_logger("serving_logger").error("the journal stumbled", extra={"error": type(e).__name__})
 
     def close(self) -> None:
         "Write what waits and end."
@@ -98,8 +103,8 @@ def fill_batch(
         try: row, product = take_waiting(journal)
         except queue.Empty: return
         try: columns = kept_columns(journal.data_dir, product, row["at"]) if product else None
-        except OSError as e:
-            get_logger("serving_logger").error("a product could not be kept", extra={"request_id": row.get("request_id"), "error": e.strerror})
+        except InputError as e:
+            get_logger("serving_logger").error("a product could not be kept", extra={"request_id": row.get("request_id"), "error": str(e)})
             journal.on_unkept(1)
             columns = None
         journal.batch.append((row, columns))

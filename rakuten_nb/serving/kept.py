@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -47,14 +48,13 @@ def save_picture(
     data_dir: Path,
     raw: bytes, # a picture file
 ) -> str: # its SHA-256
-    "Keep a picture; raises `OSError` where the disk does not take it."
+    "Keep a picture; raises `InputError` where the disk does not take it."
     digest = hashlib.sha256(raw).hexdigest()
     path = kept_path(data_dir, digest)
     try: os.utime(path) # it is wanted again: whoever clears up leaves alone what is fresh
-    except FileNotFoundError:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        with suppress(OSError): (data_dir / "kept").mkdir(mode=0o700, parents=True) # what merchants sent is nobody else's
         with atomic_file(path) as part: part.write_bytes(raw)
-        path.chmod(0o600)
     return digest
 
 # %% ../../nbs/serving/41c_kept.ipynb #bfa6a614
@@ -71,7 +71,7 @@ def kept_columns(
     product: ServedProduct,
     at: datetime, # when it was answered
 ) -> dict[str, Any]: # columns of `kept`, but for the prediction's number
-    "Put a product's picture on the disk, and the rest into a row; raises `OSError` where the disk does not take it."
+    "Put a product's picture on the disk, and the rest into a row; raises `InputError` where the disk does not take it."
     picture = save_picture(data_dir, product.picture) if product.picture else ""
     return {"at": at, "wanted": product.wanted, "content": content_hash(product.title, product.description, picture),
             "imageid": product.imageid, "title": product.title, "description": product.description, "picture": picture}

@@ -149,8 +149,8 @@ def log_columns(
                                  model_version=bundle.version)
     if not answer.needs_review or not settings.rakuten_keep_days: return columns, None
     try: return columns, kept_columns(settings.rakuten_data_dir, served, at)
-    except OSError as e:
-        get_logger("serving_logger").error("a product could not be kept", extra={"request_id": columns["request_id"], "error": e.strerror})
+    except InputError as e:
+        get_logger("serving_logger").error("a product could not be kept", extra={"request_id": columns["request_id"], "error": str(e)})
         return columns, None
 
 # %% ../../nbs/serving/44b_worker.ipynb #720dd022
