@@ -73,7 +73,8 @@ def add_feedback(
     now = utc_now()
     try:
         with store.writing() as c:
-            c.execute(feedback.insert().values(prediction=prediction, user=user, reviewer=reviewer, at=now, prdtypecode=prdtypecode))
+            content = c.execute(sa.select(kept.c.content).where(kept.c.prediction == prediction)).scalar() or ""
+            c.execute(feedback.insert().values(prediction=prediction, user=user, reviewer=reviewer, at=now, prdtypecode=prdtypecode, content=content))
             c.execute(kept.update().where(kept.c.prediction == prediction).values(wanted=True, at=now))
     except IntegrityError: # said before, perhaps at this very moment
         before = find_feedback(store, prediction, user)
@@ -118,7 +119,7 @@ def _queue() -> tuple[sa.FromClause, list[sa.ColumnElement[bool]]]: # what to se
     "The products that wait, as SQL."
     p, other, said, word = predictions.c, kept.alias(), feedback.alias(), feedback.alias()
     newer = sa.exists().where(other.c.content == kept.c.content, other.c.wanted, other.c.prediction > kept.c.prediction)
-    reviewed = sa.exists().where(other.c.content == kept.c.content, said.c.prediction == other.c.prediction, said.c.reviewer)
+    reviewed = sa.exists().where(said.c.content == kept.c.content, said.c.reviewer)
     disputed = sa.exists().where(word.c.prediction == kept.c.prediction, word.c.prdtypecode != p.prdtypecode)
     return kept.join(predictions, p.id == kept.c.prediction), [kept.c.wanted, ~newer, ~reviewed, p.needs_review | disputed]
 

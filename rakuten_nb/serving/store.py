@@ -131,6 +131,7 @@ feedback = sa.Table("feedback", tables,
     sa.Column("reviewer", sa.Boolean, nullable=False), # whether the role was one that reviews
     sa.Column("at", UtcDateTime, nullable=False),
     sa.Column("prdtypecode", sa.Integer, nullable=False), # what it is
+    sa.Column("content", sa.String(64), nullable=False, index=True), # of the product, so that it is known again when its text is forgotten; or ""
     sa.UniqueConstraint("prediction", "user"))
 ADDED = {2: (jobs, job_chunks, job_results, job_totals), 3: (kept, feedback)} # version → tables that it brought
 
