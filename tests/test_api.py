@@ -294,7 +294,8 @@ def test_what_there_is_not(api: ApiProcess) -> None:
 def test_the_openapi_document(api: ApiProcess) -> None:
     document = api.client.get("/openapi.json").json()
     assert set(document["paths"]) == {"/token", "/status", "/health", "/ready", "/predict", "/predict_code", "/model", "/model/reload", "/metrics",
-                                      "/jobs", "/jobs/{id}", "/jobs/{id}/predictions.csv", "/jobs/{id}/predictions.parquet"}
+                                      "/jobs", "/jobs/{id}", "/jobs/{id}/predictions.csv", "/jobs/{id}/predictions.parquet",
+                                      "/review", "/review/{id}/picture", "/review/{id}/explanation", "/feedback", "/feedback/{request_id}"}
     post = document["paths"]["/predict"]["post"]
     assert {"200", "401", "413", "415", "422", "429", "503"} <= set(post["responses"]) and post["security"]
     assert all(list(post["responses"][s]["content"]) == ["application/problem+json"] for s in post["responses"] if s != "200")
