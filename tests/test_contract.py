@@ -37,7 +37,7 @@ EXCLUDED = {
     "positive_data_acceptance": "no JSON schema says `a title or a picture`, nor what makes bytes a picture: such requests are refused, as documented, by 422",
     "negative_data_rejection": "a form holds strings only: a number or null in the place of a title arrives as the title `7` or `null`, and is one",
 }
-EXAMPLES = 250 # an operation at most; those without a body or parameters have but a few requests that differ
+EXAMPLES = 160 # an operation at most; those without a body or parameters have but a few requests that differ
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory, env: dict[str, str], bundle: Path) -> Iterator[ApiProcess]:
