@@ -221,7 +221,8 @@ def pip_settings() -> dict[str, str]:
     listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], check=True, capture_output=True, text=True).stdout
     found = dict(line.split("=", 1) for line in listed.splitlines())
     ordered = sorted(found.items(), key=lambda kv: kv[0].startswith(":env:"))
-    return {key.rsplit(".", 1)[1]: str(ast.literal_eval(value)) for key, value in ordered if "find-links" not in key or "://" in value}
+    settings = {key.rsplit(".", 1)[1]: str(ast.literal_eval(value)) for key, value in ordered if "find-links" not in key or "://" in value}
+    return {key: value for key, value in settings.items() if key != "constraint" and "file://" not in value} # files of this machine are not in the build
 
 def authorities(settings: dict[str, str]) -> Path:
     "The certificates this machine trusts."
@@ -301,11 +302,16 @@ def test_a_container_predicts_and_ends_when_told(container: tuple[str, str], sam
     with httpx.Client(base_url=url, timeout=30, trust_env=False) as client:
         token = client.post("/token", data={"username": "amelie", "password": password})
         assert token.status_code == 200, token.text
-        answer = client.post("/predict", headers={"Authorization": f"Bearer {token.json()['access_token']}"}, data={"designation": "Livre de poche"},
-                             files={"image": (picture.name, picture.read_bytes(), "image/jpeg")})
+        bearing = {"Authorization": f"Bearer {token.json()['access_token']}"}
+        files = {"image": (picture.name, picture.read_bytes(), "image/jpeg")}
+        answer = client.post("/predict", headers=bearing, data={"designation": "Livre de poche"}, files=files)
+        said = client.post("/feedback", headers=bearing, data={"request_id": answer.json()["request_id"], "prdtypecode": 10})
+        assert said.status_code == 201 and said.json()["kept"], said.text
         assert client.post("/predict", data={"designation": "Livre de poche"}).status_code == 401
     assert answer.status_code == 200, answer.text
     assert len(answer.json()["predictions"]) == 5
+    podman("exec", name, "rakuten-nb", "feedback", "export", "/data/reviewed")
+    assert "Livre de poche" in podman("exec", name, "cat", "/data/reviewed/X_train_update.csv").stdout
     port = url.rsplit(":", 1)[1]
     assert podman("exec", name, "python", "-IS", "/opt/healthcheck.py", "/health", port).returncode == 0
     assert podman("exec", name, "id", "-u").stdout.strip() == "10001"
