@@ -94,7 +94,7 @@ class JobSettings(SharedSettings):
     "A file of products sent to the API may have this many MiB, and so may the table in an archive."
     rakuten_max_job_rows: int = Field(1_000_000, gt=0)
     "A file of products may have this many rows."
-    rakuten_job_keep_days: float = Field(30, ge=0)
+    rakuten_job_keep_days: float = Field(30, ge=0, le=36_500)
     "A job that ended this many days ago is removed with its answers."
     rakuten_embedded_worker: bool = False
     "Whether the API works on jobs itself; else `rakuten-nb jobs worker` does, beside it. `make serve` and `make up` set it."
@@ -102,11 +102,11 @@ class JobSettings(SharedSettings):
 # %% ../nbs/00_config.ipynb #a97e84c2
 class ReviewSettings(JobSettings):
     "How long what was asked is remembered."
-    rakuten_keep_days: float = Field(90, ge=0)
+    rakuten_keep_days: float = Field(90, ge=0, le=36_500)
     "Text and picture of a product that needs review, or got feedback, are kept this many days; 0 keeps none, and sure ones neither."
-    rakuten_feedback_minutes: float = Field(60, ge=0)
+    rakuten_feedback_minutes: float = Field(60, ge=0, le=5_256_000)
     "Of a sure answer they are kept this many minutes, so that feedback on it finds them; 0 keeps none."
-    rakuten_prediction_days: float = Field(365, gt=0)
+    rakuten_prediction_days: float = Field(365, gt=0, le=36_500)
     "The log of predictions, with the feedback on them, goes back this many days."
 
 # %% ../nbs/00_config.ipynb #f51faa98

@@ -70,6 +70,6 @@ def test_a_doubtful_product_is_reviewed_as_printed(own_api: ApiProcess, sample_c
     said = documents(type_in(lines, own_api, home := tmp_path / "project", sample_catalog).stdout)
     (page,), (word,) = ([d for d in said if key in d] for key in ("waiting", "reviewed"))
     assert {i["title"] for i in page["items"]} == {"Lot de cartes Pokémon", "Piscine hors sol ronde"} and page["waiting"] == 2
-    assert word["user"] == "rose" and word["prdtypecode"] == 2583 and word["reviewed"] and word["request_id"] == page["items"][0]["request_id"]
+    assert word["user"] == "rose" and word["prdtypecode"] == 1160 and word["reviewed"] and word["request_id"] == "lot-1"
     exported, before = (len((folder / "Y_train_CVw08PX.csv").read_text(encoding="utf-8").splitlines()) for folder in (home / "reviewed", sample_catalog))
     assert exported == before + 1

@@ -129,11 +129,11 @@ def test_the_queue_is_ordered_filtered_and_read_page_by_page(api: ApiProcess, wh
     assert [item["request_id"] for item in same] == [again["request_id"]], "sent twice, it waits once"
 
 QUERIES = ["limit=0", "limit=101", "limit=x", "limit=1&limit=2", "order=best", "prdtypecode=11", "prdtypecode=", "after=-1", "user=", "user=%00",
-           "after=999999999"]
+           "after=999999999", "foo=1"]
 
 @pytest.mark.parametrize("query", QUERIES)
 def test_a_bad_question_is_a_problem_document(query: str, api: ApiProcess, who: dict[str, dict[str, str]]) -> None:
-    assert problem(api.client.get(f"/review?{query}", headers=who["rose"]), 422).startswith(query.split("=")[0])
+    assert problem(api.client.get(f"/review?{query}", headers=who["rose"]), 422).strip("'").startswith(query.split("=")[0])
 
 @pytest.mark.parametrize("id", ["0", "999999999", "1e3", "-1", "..%2F..%2Fetc", "9" * 30, "é", "%00"])
 def test_there_is_no_other_product(id: str, api: ApiProcess, who: dict[str, dict[str, str]]) -> None:
@@ -174,6 +174,20 @@ def test_a_word_is_said_once_and_may_be_taken_back(api: ApiProcess, who: dict[st
     problem(api.client.delete(place, headers=who["paul"]), 404)
     assert waits(api, who["rose"], answer["request_id"]), "what was taken back waits again"
     assert say(api, who["rose"], 40, **about).status_code == 201
+
+def test_a_name_that_several_requests_have_is_not_guessed_at(api: ApiProcess, who: dict[str, dict[str, str]]) -> None:
+    titles = {name: STRANGE.format(f"named alike by {name}") for name in ("marie", "paul")}
+    for name, title in titles.items():
+        answer = api.client.post("/predict", data={"designation": title}, headers=who[name] | {"X-Request-ID": "alike"})
+        assert answer.json()["request_id"] == "alike"
+    items = {name: until(lambda t=title: next((i for i in queue(api, who["rose"])["items"] if i["title"] == t), None)) for name, title in titles.items()}
+    assert "`id`" in problem(say(api, who["rose"], 10, request_id="alike"), 409)
+    assert say(api, who["rose"], 10, id=items["marie"]["id"]).status_code == 201
+    assert [i["title"] for i in queue(api, who["rose"])["items"] if i["request_id"] == "alike"] == [titles["paul"]], "the one that was meant"
+    assert say(api, who["paul"], 40, request_id="alike").json()["predicted"] == items["paul"]["predictions"][0]["label"]
+    problem(say(api, who["paul"], 40, id=items["marie"]["id"]), 404)
+    row = api.client.post("/predict", data={"designation": "Jeu"}, headers=who["paul"] | {"X-Request-ID": f"{'a' * 32}-1"})
+    assert row.json()["request_id"] != f"{'a' * 32}-1", "nobody calls a request like a row of a job"
 
 def test_a_sure_answer_may_be_disputed_while_its_product_is_there(own_api: ApiProcess, picture: bytes) -> None:
     place = Path(own_api.env["RAKUTEN_BUNDLE"])
@@ -236,6 +250,7 @@ def test_live_accuracy_is_counted_by_model_with_its_interval(api: ApiProcess, wh
 
 def test_doubtful_rows_of_a_job_wait_too_with_their_pictures(api: ApiProcess, who: dict[str, dict[str, str]], picture: bytes) -> None:
     titles = [STRANGE.format(f"lot {i}") for i in range(3)]
+    titles[2] += "\0" # which PostgreSQL takes in no text
     table = "designation,description,productid,imageid\n" + "".join(f"\"{t}\",,{100 + i},{200 + i}\n" for i, t in enumerate(titles)) + ",,7,7\n"
     with zipfile.ZipFile(raw := io.BytesIO(), "w") as z:
         z.writestr("x.csv", table)
@@ -280,7 +295,9 @@ def test_a_product_a_request_and_a_user_are_forgotten(api: ApiProcess, who: dict
     waits(api, who["rose"], third["request_id"])
     assert command(api, "store", "erase", "--user", "gone", "--yes").returncode == 0
     assert third["request_id"] not in {i["request_id"] for i in queue(api, who["rose"])["items"]}
+    api.add_users(gone="reviewer") # somebody else, who is called so too
     until(lambda: api.client.get("/model", headers=gone).status_code == 401)
+    assert api.client.get("/review", headers=api.token("gone")).status_code == 200
     shown = command(api, "store", "show")
     assert shown.returncode == 0 and "products for review or learning" in shown.stdout and "90 days" in shown.stdout
 

@@ -155,7 +155,7 @@ def feedback_export(
     from rakuten_nb.files import check_writable
     from rakuten_nb.serving.reviewed import export_reviewed
     if onto and catalog: raise InputError("--onto, --catalog: expected one of the two: gold products are looked for in --onto as well")
-    began = _day(since) if since else None
+    began = None if since is None else _day(since)
     check_writable(out)
     old, beside = (read_catalog(path) if path else None for path in (onto, catalog))
     with settings_store() as opened: done = export_reviewed(opened, read_settings().rakuten_data_dir, out, old, beside, anybody, began)
@@ -188,12 +188,13 @@ def store_prune(dry_run: Annotated[bool, typer.Option("--dry-run", help="Only co
 def store_erase(
     product: Annotated[str | None, typer.Option(metavar="ID", help="All that is known of this product.", show_default=False)] = None,
     request: Annotated[str | None, typer.Option(metavar="ID", help="What was sent with this request, where it had no product id.", show_default=False)] = None,
-    user: Annotated[str | None, typer.Option(metavar="NAME", help="This user: account, predictions, words, jobs.", show_default=False)] = None,
+    user: Annotated[str | None, typer.Option(metavar="NAME", help="This user: account, predictions, words, jobs; or whose request", show_default=False)] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     "Forget one product, one request or one user, at once and for good."
-    from rakuten_nb.serving.retention import erase_product, erase_request, erase_user
+    from rakuten_nb.serving.retention import erase_product, erase_request, erase_user, write_over
     asked = {what: name for what, name in (("product", product), ("request", request), ("user", user)) if name}
+    if request and user: del asked["user"]
     if len(asked) != 1: raise InputError(f"--product, --request, --user: expected one of them; found {' and '.join(asked) or 'none'}")
     ((what, name),) = asked.items()
     if not yes:
@@ -202,8 +203,10 @@ def store_erase(
     holding: list[str] = []
     with settings_store() as opened:
         if what == "product": done, holding = erase_product(opened, read_settings(), name)
-        else: done = (erase_request if what == "request" else erase_user)(opened, read_settings(), name)
+        elif what == "request": done, holding = erase_request(opened, read_settings(), name, user or "")
+        else: done = erase_user(opened, read_settings(), name)
+        if not write_over(opened): err_console().print("somebody reads the database, and its log still holds what was erased: `rakuten-nb store prune` later")
     con = out_console()
     con.print("erased: " + ", ".join(f"{n:,} {what}" for what, n in done.items()))
-    if holding: con.print(f"answers of {len(holding)} jobs still name it; DELETE /jobs/ID removes them: {', '.join(holding)}", soft_wrap=True)
+    if holding: con.print(f"{len(holding)} jobs still hold it: {', '.join(holding)}; DELETE /jobs/ID ends and removes one, then erase it again", soft_wrap=True)
     con.print("exported catalogues, models trained on them, log files and backups are not touched", soft_wrap=True)

@@ -73,8 +73,9 @@ def kept_columns(
 ) -> dict[str, Any]: # columns of `kept`, but for the prediction's number
     "Put a product's picture on the disk, and the rest into a row; raises `InputError` where the disk does not take it."
     picture = save_picture(data_dir, product.picture) if product.picture else ""
-    return {"at": at, "wanted": product.wanted, "content": content_hash(product.title, product.description, picture),
-            "imageid": product.imageid, "title": product.title, "description": product.description, "picture": picture}
+    title, description = (text.replace("\0", " ") for text in (product.title, product.description)) # PostgreSQL takes no NUL
+    return {"at": at, "wanted": product.wanted, "content": content_hash(title, description, picture),
+            "imageid": product.imageid, "title": title, "description": description, "picture": picture}
 
 # %% ../../nbs/serving/41c_kept.ipynb #ac3b5a72
 def prediction_columns(

@@ -6,7 +6,7 @@
 __all__ = ['review_routes', 'Reviewer', 'Speaker', 'ItemId', 'SEEN', 'REVIEW_QUERY', 'SIGNS', 'FEEDBACK_FIELDS', 'FEEDBACK_BYTES',
            'FEEDBACK_BODY', 'RequestId', 'ReviewItem', 'ReviewPage', 'ReviewExplained', 'FeedbackAnswer', 'as_item',
            'query_value', 'review', 'waiting_product', 'kept_picture', 'review_picture', 'review_explanation',
-           'unknown_code', 'read_feedback', 'checked_feedback', 'told_of', 'give_feedback', 'take_back']
+           'whole_number', 'unknown_code', 'read_feedback', 'checked_feedback', 'told_of', 'give_feedback', 'take_back']
 
 # %% ../../nbs/serving/45b_review_api.ipynb #fff9f882
 import asyncio
@@ -21,6 +21,7 @@ from .access import GUARDED, Running, caller
 from .answers import Explained, Likely, likely_types
 from rakuten_nb.serving.feedback import (
     ORDERS,
+    SeveralProducts,
     Told,
     Waiting,
     add_feedback,
@@ -41,8 +42,8 @@ from ..taxonomy import CODES, PRODUCT_TYPES
 # %% ../../nbs/serving/45b_review_api.ipynb #7d35924c
 class ReviewItem(BaseModel):
     "A product that waits for a reviewer."
-    id: int = Field(description="The prediction's number", examples=[812])
-    request_id: str = Field(description="For POST /feedback", examples=["4f0c9a"])
+    id: int = Field(description="The prediction's number, for POST /feedback", examples=[812])
+    request_id: str = Field(description="As the client named it, or the service", examples=["4f0c9a"])
     at: datetime = Field(description="When it was answered")
     user: str = Field(description="Who had asked", examples=["amelie"])
     product_id: str = Field(examples=["3804725264"])
@@ -123,6 +124,8 @@ def query_value(
 @review_routes.get("/review", response_model=ReviewPage, responses=problem_responses((*GUARDED, 422)), openapi_extra={"parameters": _parameters})
 def review(request: Request, service: Running, user: Reviewer) -> dict[str, Any]:
     "Products that wait for a reviewer."
+    for name in request.query_params:
+        if name not in REVIEW_QUERY: raise Problem(422, "query", f"{name[:40]!r}: not known; expected {', '.join(REVIEW_QUERY)}")
     asked = {name: query_value(request, name) for name in REVIEW_QUERY}
     order, most, after = (asked.pop(name) for name in ("order", "limit", "after"))
     try: found = find_waiting(service.store, order, most + 1, after, **asked)
@@ -164,15 +167,23 @@ async def review_explanation(service: Running, user: Reviewer, id: ItemId) -> di
     return {"model_version": bundle.version, "explanation": why.to_dict()}
 
 # %% ../../nbs/serving/45b_review_api.ipynb #c65c77dc
-FEEDBACK_FIELDS = ("request_id", "product_id", "prdtypecode")
+FEEDBACK_FIELDS = ("id", "request_id", "product_id", "prdtypecode")
 FEEDBACK_BYTES = 4096
-_by = {"type": "object", "additionalProperties": False, "required": ["prdtypecode"], "oneOf": [{"required": ["request_id"]}, {"required": ["product_id"]}]}
-_fields = {"request_id": _text | {"maxLength": 64, "description": "Of the answer", "examples": ["4f0c9a"]},
+_by = {"type": "object", "additionalProperties": False, "required": ["prdtypecode"], "oneOf": [{"required": [name]} for name in FEEDBACK_FIELDS[:3]]}
+_fields = {"id": {"type": "integer", "minimum": 0, "maximum": 10**15, "description": "Number of an answer, as GET /review has it", "examples": [812]},
+           "request_id": _text | {"maxLength": 64, "description": "Of the answer", "examples": ["4f0c9a"]},
            "product_id": _text | {"maxLength": MAX_ID, "description": "Of the product: its latest answer is meant", "examples": ["3804725264"]},
            "prdtypecode": {"type": "integer", "enum": list(CODES), "description": "What it is"}}
 FEEDBACK_BODY = {"requestBody": {"required": True, "content": {
     "application/json": {"schema": _by | {"properties": _fields}, "example": {"request_id": "4f0c9a", "prdtypecode": 2583}},
     "application/x-www-form-urlencoded": {"schema": _by | {"properties": _fields}}}}}
+
+def whole_number(
+    found: object, # of JSON, or of a form
+) -> int | None: # None for what is none
+    "A number from 0 to 10 ** 15."
+    if isinstance(found, str) and found.isascii() and found.isdigit() and len(found) <= 16: found = int(found)
+    return found if type(found) is int and 0 <= found <= 10**15 else None
 
 def unknown_code(
     found: object,
@@ -187,7 +198,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 async def read_feedback(
     request: Request,
-) -> tuple[str, str, int]: # request id, product id (one of the two is ""), product type
+) -> tuple[dict[str, Any], int]: # one of id, request_id, product_id; product type
     "What somebody says; raises `Problem` 400, 413, 415 or 422 naming the field."
     what = f"at most {FEEDBACK_BYTES:,} bytes"
     if request.headers.get("content-type", "").split(";")[0].strip().lower() == "application/json":
@@ -203,43 +214,43 @@ async def read_feedback(
 # %% ../../nbs/serving/45b_review_api.ipynb #ab159877
 def checked_feedback(
     fields: dict[str, Any], # some of `FEEDBACK_FIELDS`
-) -> tuple[str, str, int]: # request id, product id (one of the two is ""), product type
+) -> tuple[dict[str, Any], int]: # one of id, request_id, product_id; product type
     "What somebody says, each field checked; raises `Problem` 422."
     for name, most in (("request_id", 64), ("product_id", MAX_ID)):
         value = fields.get(name, "")
         if not isinstance(value, str) or len(value) > most or "\0" in value or not value.isprintable():
             raise Problem(422, "field", f"{name}: expected a text of at most {most} characters; found {str(value)[:40]!r}")
-    given = [name for name in FEEDBACK_FIELDS[:2] if fields.get(name)]
-    if len(given) != 1: raise Problem(422, "field", f"request_id, product_id: expected one of the two; found {' and '.join(given) or 'neither'}")
-    code = fields.get("prdtypecode")
-    if isinstance(code, str) and code.isascii() and code.isdigit() and len(code) < 10: code = int(code)
-    if type(code) is not int or code not in CODES: raise unknown_code("nothing" if code is None else code)
-    return fields.get("request_id", ""), fields.get("product_id", ""), code
+    given = [name for name in FEEDBACK_FIELDS[:3] if fields.get(name) not in (None, "")]
+    if len(given) != 1: raise Problem(422, "field", f"{', '.join(FEEDBACK_FIELDS[:3])}: expected one of them; found {' and '.join(given) or 'none'}")
+    number, code = (whole_number(fields.get(name)) for name in ("id", "prdtypecode"))
+    if given == ["id"] and number is None: raise Problem(422, "field", f"id: expected a number of GET /review; found {str(fields['id'])[:40]!r}")
+    if code not in CODES: raise unknown_code(fields.get("prdtypecode", "nothing"))
+    return {given[0]: number if given == ["id"] else fields[given[0]]}, code
 
 # %% ../../nbs/serving/45b_review_api.ipynb #9a8ea08a
 async def told_of(
     service: Service,
     user: User,
-    request_id: str,
-    product_id: str, # one of the two is ""
+    about: dict[str, Any], # one of id, request_id, product_id
     patience: float = 2.5 * EVERY, # seconds
 ) -> Told:
-    "The prediction that is meant; raises `Problem` 404."
-    whose = None if "review" in ROLES[user.role] else user.name
-    end = asyncio.get_running_loop().time() + patience
-    while (found := await asyncio.to_thread(find_prediction, service.store, whose, request_id or None, product_id or None)) is None:
-        if asyncio.get_running_loop().time() > end:
-            raise Problem(404, "no-prediction", f"{'request_id' if request_id else 'product_id'}: there is no prediction of that name, or it is not yours")
+    "The prediction that is meant; raises `Problem` 404, or 409 where it might be another."
+    whose, (name,) = None if "review" in ROLES[user.role] else user.name, about
+    end = asyncio.get_running_loop().time() + patience * (name != "id") # a number is known from where it is written down
+    while True:
+        try: found = await asyncio.to_thread(find_prediction, service.store, whose, **about)
+        except SeveralProducts: raise Problem(409, "several", f"{name}: several products were sent under that name; say which by `id`") from None
+        if found: return found
+        if asyncio.get_running_loop().time() > end: raise Problem(404, "no-prediction", f"{name}: there is no prediction of that name, or it is not yours")
         await asyncio.sleep(EVERY / 2)
-    return found
 
 @review_routes.post("/feedback", status_code=201, response_model=FeedbackAnswer, openapi_extra=FEEDBACK_BODY, tags=["feedback"],
                     responses={200: {"model": FeedbackAnswer, "description": "It had been said before."},
                                **problem_responses((400, *GUARDED, 404, 408, 409, 413, 415, 422))})
 async def give_feedback(request: Request, response: Response, service: Running, user: Speaker) -> dict[str, Any]:
     "Say what a product is, once for each answer; the same again changes nothing, something else is refused until the first is taken back."
-    request_id, product_id, code = await read_feedback(request)
-    told = await told_of(service, user, request_id, product_id)
+    about, code = await read_feedback(request)
+    told = await told_of(service, user, about)
     said, new = await asyncio.to_thread(add_feedback, service.store, told.id, user.name, code, "review" in ROLES[user.role])
     if said.prdtypecode != code:
         raise Problem(409, "said-before", f"you said {said.prdtypecode} on {said.at:%Y-%m-%d %H:%M} UTC; DELETE /feedback/{told.request_id} takes it back")
@@ -253,7 +264,7 @@ RequestId = Annotated[str, Path(description="Of the answer", examples=["4f0c9a"]
 @review_routes.delete("/feedback/{request_id}", status_code=204, response_class=Response, tags=["feedback"], responses=problem_responses((*GUARDED, 404)))
 async def take_back(service: Running, user: Speaker, request_id: RequestId) -> Response:
     "Take back what one said of an answer."
-    told = await told_of(service, user, request_id, "", patience=0)
+    told = await told_of(service, user, {"request_id": request_id}, patience=0)
     if not await asyncio.to_thread(drop_feedback, service.store, told.id, user.name):
         raise Problem(404, "no-feedback", "you have said nothing of this answer")
     return Response(status_code=204)

@@ -8,6 +8,7 @@ __all__ = ['FIRST_ID', 'Collected', 'collect_reviewed', 'leave_out', 'without_go
 
 # %% ../../nbs/serving/45c_reviewed.ipynb #ab1c5332
 import re
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -36,6 +37,7 @@ class Collected:
     products: Products
     left_out: list[Quarantined] = field(default_factory=list)
     corrected: int = 0 # labels of the catalogue that became others
+    known: int = 0 # products that are in the catalogue already
 
 @dataclass
 class _Word:
@@ -48,13 +50,14 @@ class _Word:
     picture: str
     prdtypecode: int
     reviewer: bool
+    at: datetime # when it was said
 
-def _words(store: Store, since: datetime | None) -> list[_Word]: # in the order in which they were said
+def _words(store: Store) -> list[_Word]: # in the order in which they were said
     "All that was said of products that are still kept."
     k, f = kept.c, feedback.c
-    columns = k.content, predictions.c.product_id, k.imageid, k.title, k.description, k.picture, f.prdtypecode, f.reviewer
+    columns = k.content, predictions.c.product_id, k.imageid, k.title, k.description, k.picture, f.prdtypecode, f.reviewer, f.at
     ask = sa.select(*columns).join(predictions, predictions.c.id == k.prediction).join(feedback, f.prediction == k.prediction).order_by(f.id)
-    with store.reading() as c: return [_Word(*row) for row in c.execute(ask.where(f.at >= since) if since else ask)]
+    with store.reading() as c: return [_Word(*row) for row in c.execute(ask)]
 
 def _verdict(words: list[_Word], anybody: bool) -> tuple[_Word | None, str]: # whose word counts; else why none does
     "What one product is, by all that was said of it."
@@ -69,14 +72,14 @@ def collect_reviewed(
     store: Store,
     data_dir: Path, # `Settings.rakuten_data_dir`
     anybody: bool = False, # whether users' words count where no reviewer spoke
-    since: datetime | None = None, # only what was said since
+    since: datetime | None = None, # only products of which something was said since
 ) -> Collected:
     "The kept products of which somebody said what they are, each once."
     by: dict[str, list[_Word]] = {}
-    for word in _words(store, since): by.setdefault(word.content, []).append(word)
+    for word in _words(store): by.setdefault(word.content, []).append(word)
     out: list[_Word] = []
     left: list[Quarantined] = []
-    for words in by.values():
+    for words in (said for said in by.values() if since is None or said[-1].at >= since):
         found, why = _verdict(words, anybody)
         if found: out.append(found)
         else: left.append(Quarantined(words[-1].product_id, words[-1].imageid, "", why))
@@ -84,7 +87,9 @@ def collect_reviewed(
     pictures: list[Path | bytes | None] = [kept_path(data_dir, w.picture) if p else None for w, p in zip(out, there, strict=True)]
     products = make_products([w.title for w in out], [w.description for w in out], pictures, [w.product_id for w in out], [w.imageid for w in out],
                              [w.prdtypecode for w in out]) if out else make_products([])
-    return leave_out(Collected(products, left), ~products.usable, "neither title nor picture")
+    gone = [Quarantined(w.product_id, w.imageid, w.picture, "picture is gone, only its text is taken") for w, p in zip(out, there, strict=True)
+            if w.picture and not p and (w.title or w.description)]
+    return leave_out(Collected(products, left + gone), ~products.usable, "neither title nor picture")
 
 def leave_out(
     found: Collected,
@@ -122,7 +127,7 @@ def fitting_ids(
     taken = set(taken)
     for row in range(len(products)):
         if not re.fullmatch("[0-9]{1,19}", ids[row]) or ids[row] in taken: ids[row] = next(str(n) for n in range(FIRST_ID, 2**63) if str(n) not in taken)
-        if not re.fullmatch("[0-9]{0,19}", images[row]): images[row] = ""
+        if products.picture[row] is None or not re.fullmatch("[0-9]{0,19}", images[row]): images[row] = "" # no picture, no name of one
         if not images[row] and products.picture[row] is not None: images[row] = ids[row]
         taken.add(ids[row])
     return replace(products, productid=ids, imageid=images)
@@ -137,18 +142,24 @@ def join_catalog(
     found: Collected, # without gold
     catalog: Catalog,
 ) -> tuple[Collected, Products]: # what is new, and how many labels became others; the catalogue's labelled rows with their labels as they are now
-    "Put reviewed products onto a catalogue."
+    "Put reviewed products onto a catalogue: one that is in it, word for word, with its picture or without one, changes that row."
     old = catalog.labelled
     rows: dict[tuple[str, str], list[int]] = {}
-    for row, key in enumerate(product_keys(old)): rows.setdefault(key, []).append(row)
+    alike: dict[str, list[int]] = {} # by text alone
+    for row, key in enumerate(product_keys(old)):
+        rows.setdefault(key, []).append(row)
+        alike.setdefault(key[0], []).append(row)
     label, known, changed = old.label.copy(), np.zeros(len(found.products), bool), 0
     for i, key in enumerate(product_keys(found.products)):
         same = rows.get(key, [])
+        if not same and key[0] and not key[1]: # sent without its picture: its own number, or there is no other
+            text = alike.get(key[0], [])
+            same = [row for row in text if old.productid[row] == found.products.productid[i]] or (text if len(text) == 1 else [])
         known[i] = bool(same)
         changed += int((label[same] != found.products.label[i]).sum())
         label[same] = found.products.label[i]
     new = fitting_ids(found.products[~known], set(catalog.products.productid.tolist()))
-    return replace(found, products=new, corrected=changed), replace(old, label=label)
+    return replace(found, products=new, corrected=changed, known=int(known.sum())), replace(old, label=label)
 
 # %% ../../nbs/serving/45c_reviewed.ipynb #7a56a0ff
 def _joined(parts: list[Products]) -> Products:
@@ -172,8 +183,10 @@ def export_reviewed(
         old = [labelled]
     else: found = replace(found, products=fitting_ids(found.products, set()))
     if not len(found.products) and not found.corrected:
-        why = f": {len(found.left_out)} were left out, {found.left_out[0].reason}" if found.left_out else "; reviewers find what waits at GET /review"
-        raise TooLittleData(f"nothing to export: no reviewed product is kept{why}")
+        if found.left_out: why = "all were left out: " + ", ".join(f"{n} {reason}" for reason, n in Counter(q.reason for q in found.left_out).items())
+        elif found.known: why = f"the {found.known} reviewed products are in that catalogue already, with these labels"
+        else: why = "no reviewed product is kept; reviewers find what waits at GET /review"
+        raise TooLittleData(f"nothing to export: {why}")
     test = onto.split("test") if onto else None
     write_catalog(out, _joined([*old, found.products]), test if test is not None and len(test) else None)
     write_quarantine(found.left_out, out / "left_out.csv")

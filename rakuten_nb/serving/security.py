@@ -89,6 +89,7 @@ class Token:
     scopes: tuple[str, ...]
     generation: int # of the user, when the token was made
     expires: float # seconds since 1970
+    issued: float # likewise
 
 def signing_key(
     settings: Settings,
@@ -122,6 +123,7 @@ def read_token(
     try: claims = jwt.decode(token, signing_key(settings), [settings.algorithm], options={"require": ["sub", "exp", "iat"], "verify_iat": False})
     except jwt.ExpiredSignatureError: raise TokenError("the token has expired") from None
     except (jwt.InvalidTokenError, ValueError): raise TokenError("the token is not one of this service's") from None
-    scope, gen = claims.get("scope"), claims.get("gen")
-    if not isinstance(scope, str) or type(gen) is not int or not NAME.fullmatch(claims["sub"]): raise TokenError("the token is not one of this service's")
-    return Token(claims["sub"], tuple(scope.split()), gen, float(claims["exp"]))
+    scope, gen, issued = claims.get("scope"), claims.get("gen"), claims["iat"]
+    if not isinstance(scope, str) or type(gen) is not int or type(issued) is not int or not NAME.fullmatch(claims["sub"]):
+        raise TokenError("the token is not one of this service's")
+    return Token(claims["sub"], tuple(scope.split()), gen, float(claims["exp"]), float(issued))

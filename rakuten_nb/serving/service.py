@@ -6,11 +6,10 @@
 __all__ = ['BELIEVE_SECONDS', 'EXPLAIN_WAITING', 'UPLOADS', 'JOB_QUESTIONS', 'COUNT_SECONDS', 'COUNT_SHARE', 'LOGIN_FIELDS',
            'LARGE', 'Acquaintances', 'Service', 'start_service', 'start_worker', 'stop_service', 'count_stored',
            'unauthorised', 'log_in', 'known_caller', 'as_products', 'answer_batch', 'no_model', 'bad_picture',
-           'give_memory_back', 'picture_inputs', 'prepare_picture', 'keep_prediction', 'classify']
+           'picture_inputs', 'prepare_picture', 'keep_prediction', 'classify']
 
 # %% ../../nbs/serving/42f_service.ipynb #669ce2e1
 import asyncio
-import ctypes
 import os
 import threading
 import time
@@ -41,7 +40,7 @@ from .retention import start_sweeping
 from .security import MAX_PASSWORD, ROLES, TokenError, check_password, granted_scopes, make_token, read_token, signing_key
 from .store import Store, StoreAway, User, find_user, open_store, utc_now
 from .telemetry import Telemetry
-from .worker import Worker, work_until
+from .worker import Worker, give_memory_back, work_until
 
 # %% ../../nbs/serving/42f_service.ipynb #06cd8eca
 BELIEVE_SECONDS = 10.0
@@ -202,7 +201,8 @@ async def known_caller(
     try: said = read_token(service.settings, token)
     except TokenError as e: raise unauthorised(str(e)) from None
     user = await service.people.get(said.user)
-    if user is None or user.disabled or user.generation != said.generation: raise unauthorised("the token was withdrawn; log in again")
+    older = user is not None and said.issued < int(user.created.timestamp()) # of somebody who had that name before
+    if user is None or older or user.disabled or user.generation != said.generation: raise unauthorised("the token was withdrawn; log in again")
     held = set(said.scopes) & set(ROLES[user.role])
     if missing := " ".join(s for s in needed if s not in held):
         raise Problem(403, "scope", f"expected a token with the scope {missing}; found {' '.join(sorted(held))}")
@@ -240,11 +240,6 @@ def bad_picture(
 ) -> Problem: # to be raised
     "422, with what is wrong with the picture."
     return Problem(422, "picture", f"image: {error}")
-
-def give_memory_back() -> None:
-    "Let the C library (glibc) return what is free to the system; on its own it keeps what a large picture took."
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim: trim(0)
 
 LARGE = 4_000_000 # pixels, 16 MB of memory for each form that they take
 

@@ -97,7 +97,8 @@ def request_name(
     given: str, # X-Request-ID, "" where there is none
 ) -> str: # at most 64 characters
     "What a request is called."
-    return given if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else secrets.token_hex(16)
+    ours = re.fullmatch("[0-9a-f]{32}-[0-9]+", given) # a row of a job is called so
+    return given if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) and not ours else secrets.token_hex(16)
 
 # %% ../../nbs/serving/42_telemetry.ipynb #24dc5427
 SECURITY_HEADERS = {"X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer", "Cache-Control": "no-store",

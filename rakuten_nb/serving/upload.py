@@ -274,7 +274,7 @@ def unpack_upload(
     settings: Settings,
 ) -> list[int]: # rows of each chunk
     "Look through an upload and cut it into chunks; raises `InputError`, `TooLarge` where a limit is passed."
-    upload, table = folder / UPLOAD, folder / "table.csv"
+    upload, table = folder / UPLOAD, folder / "the table"
     most = int(settings.rakuten_max_job_mb * 2**20)
     with upload.open("rb") as f: start = f.read(4)
     if not start: raise InputError("expected a CSV or ZIP file; it is empty")

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'BATCH_ROWS', 'BATCH_BYTES', 'TYPED', 'HEARTBEAT', 'IDLE', 'TIDY', 'job_folder', 'answers_path',
-           'remove_files', 'row_picture', 'row_batches', 'answer_rows', 'log_columns', 'write_answers', 'write_files',
-           'held_claim', 'GivenUp', 'Worker', 'work_on', 'finish_job', 'clear_files', 'tidy_jobs', 'work_until']
+           'remove_files', 'give_memory_back', 'row_picture', 'row_batches', 'answer_rows', 'log_columns',
+           'write_answers', 'write_files', 'held_claim', 'GivenUp', 'Worker', 'work_on', 'finish_job', 'clear_files',
+           'tidy_jobs', 'work_until']
 
 # %% ../../nbs/serving/44b_worker.ipynb #6b11ed89
 import csv
+import ctypes
 import os
 import re
 import secrets
@@ -81,6 +83,11 @@ def remove_files(
 
 # %% ../../nbs/serving/44b_worker.ipynb #4374a981
 BATCH_ROWS, BATCH_BYTES = 50, 2**25
+
+def give_memory_back() -> None:
+    "Let the C library (glibc) return what is free to the system; on its own it keeps what a large picture took."
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim: trim(0)
 
 def row_picture(
     archive: Archive | None,
@@ -252,6 +259,7 @@ class Worker:
             for product, picture, (found, line) in zip(part, pictures, answer_rows(bundle, part, pictures, wrong), strict=True):
                 if found.prdtypecode is not None: log.append(log_columns(claim, bundle, self.settings, claim.first + len(lines), product, picture, found))
                 lines.append(line)
+            if any(pictures): give_memory_back()
         return lines, log
 
     def step(self) -> bool: # whether there was something to do
