@@ -186,6 +186,8 @@ def test_a_name_that_several_requests_have_is_not_guessed_at(api: ApiProcess, wh
     assert [i["title"] for i in queue(api, who["rose"])["items"] if i["request_id"] == "alike"] == [titles["paul"]], "the one that was meant"
     assert say(api, who["paul"], 40, request_id="alike").json()["predicted"] == items["paul"]["predictions"][0]["label"]
     problem(say(api, who["paul"], 40, id=items["marie"]["id"]), 404)
+    assert api.client.delete("/feedback/alike", headers=who["rose"]).status_code == 204, "what was said is known, whatever the name"
+    assert {i["title"] for i in queue(api, who["rose"])["items"] if i["request_id"] == "alike"} == set(titles.values())
     row = api.client.post("/predict", data={"designation": "Jeu"}, headers=who["paul"] | {"X-Request-ID": f"{'a' * 32}-1"})
     assert row.json()["request_id"] != f"{'a' * 32}-1", "nobody calls a request like a row of a job"
 

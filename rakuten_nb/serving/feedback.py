@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ORDERS', 'Z95', 'Told', 'SeveralProducts', 'find_prediction', 'Feedback', 'find_feedback', 'add_feedback', 'unwanted',
-           'drop_feedback', 'Waiting', 'find_waiting', 'count_waiting', 'LiveAccuracy', 'live_accuracy']
+           'last_said', 'drop_feedback', 'Waiting', 'find_waiting', 'count_waiting', 'LiveAccuracy', 'live_accuracy']
 
 # %% ../../nbs/serving/45a_feedback.ipynb #2a44fc80
 from dataclasses import dataclass
@@ -92,6 +92,16 @@ def unwanted() -> tuple[sa.ColumnElement[bool], ...]:
     "Of kept products those that are neither doubtful nor spoken of, as SQL."
     said = sa.exists().where(feedback.c.prediction == kept.c.prediction)
     return ~said, ~sa.exists().where(predictions.c.id == kept.c.prediction, predictions.c.needs_review)
+
+def last_said(
+    store: Store,
+    request_id: str,
+    user: str,
+) -> int | None: # its number
+    "The prediction of that request of which a user spoke last."
+    p, f = predictions.c, feedback.c
+    ask = sa.select(p.id).join(feedback, f.prediction == p.id).where(p.request_id == request_id, f.user == user).order_by(f.id.desc()).limit(1)
+    with store.reading() as c: return c.execute(ask).scalar()
 
 def drop_feedback(
     store: Store,

@@ -125,9 +125,11 @@ def _erase(store: Store, settings: Settings, condition: sa.ColumnElement[bool]) 
             pictures |= set(c.execute(sa.select(kept.c.picture).where(kept.c.prediction.in_(page))).scalars())
             for name, key in (("products", kept.c.prediction), ("feedback", feedback.c.prediction), ("predictions", predictions.c.id)):
                 out[name] += c.execute(key.table.delete().where(key.in_(page))).rowcount
-    with store.reading() as c: named = set(c.execute(sa.select(kept.c.picture).where(kept.c.picture.in_(pictures))).scalars())
-    for digest in pictures - named - {""}: kept_path(settings.rakuten_data_dir, digest).unlink(missing_ok=True)
-    return out | {"pictures": len(pictures - named - {""})}
+    gone = sorted(pictures - {""})
+    for first in range(0, len(gone), PAGE): # a database takes so many values in a question, and not many more
+        with store.reading() as c: pictures -= set(c.execute(sa.select(kept.c.picture).where(kept.c.picture.in_(gone[first : first + PAGE]))).scalars())
+    for digest in pictures - {""}: kept_path(settings.rakuten_data_dir, digest).unlink(missing_ok=True)
+    return out | {"pictures": len(pictures - {""})}
 
 # %% ../../nbs/serving/45d_retention.ipynb #97dc7c01
 def jobs_with(

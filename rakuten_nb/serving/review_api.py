@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['review_routes', 'Reviewer', 'Speaker', 'ItemId', 'SEEN', 'REVIEW_QUERY', 'SIGNS', 'FEEDBACK_FIELDS', 'FEEDBACK_BYTES',
-           'FEEDBACK_BODY', 'RequestId', 'ReviewItem', 'ReviewPage', 'ReviewExplained', 'FeedbackAnswer', 'as_item',
-           'query_value', 'review', 'waiting_product', 'kept_picture', 'review_picture', 'review_explanation',
-           'whole_number', 'unknown_code', 'read_feedback', 'checked_feedback', 'told_of', 'give_feedback', 'take_back']
+           'FEEDBACK_BODY', 'PATIENCE', 'RequestId', 'ReviewItem', 'ReviewPage', 'ReviewExplained', 'FeedbackAnswer',
+           'as_item', 'query_value', 'review', 'waiting_product', 'kept_picture', 'review_picture',
+           'review_explanation', 'whole_number', 'unknown_code', 'read_feedback', 'checked_feedback', 'told_of',
+           'give_feedback', 'take_back']
 
 # %% ../../nbs/serving/45b_review_api.ipynb #fff9f882
 import asyncio
@@ -29,6 +30,7 @@ from rakuten_nb.serving.feedback import (
     drop_feedback,
     find_prediction,
     find_waiting,
+    last_said,
 )
 from .forms import MAX_ID, ProductForm, limited_body, read_fields, text_field
 from .journal import EVERY
@@ -228,18 +230,20 @@ def checked_feedback(
     return {given[0]: number if given == ["id"] else fields[given[0]]}, code
 
 # %% ../../nbs/serving/45b_review_api.ipynb #9a8ea08a
+PATIENCE = 2.5 * EVERY # seconds
+
 async def told_of(
     service: Service,
     user: User,
     about: dict[str, Any], # one of id, request_id, product_id
-    patience: float = 2.5 * EVERY, # seconds
 ) -> Told:
     "The prediction that is meant; raises `Problem` 404, or 409 where it might be another."
     whose, (name,) = None if "review" in ROLES[user.role] else user.name, about
-    end = asyncio.get_running_loop().time() + patience * (name != "id") # a number is known from where it is written down
+    end = asyncio.get_running_loop().time() + PATIENCE * (name != "id") # a number is known from where it is written down
     while True:
         try: found = await asyncio.to_thread(find_prediction, service.store, whose, **about)
-        except SeveralProducts: raise Problem(409, "several", f"{name}: several products were sent under that name; say which by `id`") from None
+        except SeveralProducts:
+            raise Problem(409, "several", f"{name}: several products were sent under that name; say which by `product_id`, or a reviewer by `id`") from None
         if found: return found
         if asyncio.get_running_loop().time() > end: raise Problem(404, "no-prediction", f"{name}: there is no prediction of that name, or it is not yours")
         await asyncio.sleep(EVERY / 2)
@@ -264,7 +268,7 @@ RequestId = Annotated[str, Path(description="Of the answer", examples=["4f0c9a"]
 @review_routes.delete("/feedback/{request_id}", status_code=204, response_class=Response, tags=["feedback"], responses=problem_responses((*GUARDED, 404)))
 async def take_back(service: Running, user: Speaker, request_id: RequestId) -> Response:
     "Take back what one said of an answer."
-    told = await told_of(service, user, {"request_id": request_id}, patience=0)
-    if not await asyncio.to_thread(drop_feedback, service.store, told.id, user.name):
-        raise Problem(404, "no-feedback", "you have said nothing of this answer")
+    said = await asyncio.to_thread(last_said, service.store, request_id, user.name)
+    if said is None or not await asyncio.to_thread(drop_feedback, service.store, said, user.name):
+        raise Problem(404, "no-feedback", "you have said nothing of an answer of that name")
     return Response(status_code=204)

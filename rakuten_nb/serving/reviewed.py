@@ -125,8 +125,9 @@ def fitting_ids(
     "With ids that a catalogue directory takes, each once; image ids likewise."
     ids, images = products.productid.copy(), products.imageid.copy()
     taken = set(taken)
+    free = (str(n) for n in range(FIRST_ID, 2**63) if str(n) not in taken)
     for row in range(len(products)):
-        if not re.fullmatch("[0-9]{1,19}", ids[row]) or ids[row] in taken: ids[row] = next(str(n) for n in range(FIRST_ID, 2**63) if str(n) not in taken)
+        if not re.fullmatch("[0-9]{1,19}", ids[row]) or ids[row] in taken: ids[row] = next(free)
         if products.picture[row] is None or not re.fullmatch("[0-9]{0,19}", images[row]): images[row] = "" # no picture, no name of one
         if not images[row] and products.picture[row] is not None: images[row] = ids[row]
         taken.add(ids[row])
