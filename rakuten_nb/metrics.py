@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STEP', 'confusion_matrix', 'class_scores', 'weighted_f1', 'macro_f1', 'top_k_accuracy', 'log_loss', 'reliability',
-           'ece', 'coverage_curve', 'wilson_bound', 'wilson_lower', 'luck', 'least_rows', 'walks_for', 'decision_steps',
-           'review_threshold', 'bootstrap_interval', 'paired_difference', 'summary']
+           'ece', 'coverage_curve', 'wilson_bound', 'wilson_interval', 'wilson_lower', 'luck', 'least_rows',
+           'walks_for', 'decision_steps', 'review_threshold', 'bootstrap_interval', 'paired_difference', 'summary']
 
 # %% ../nbs/02_metrics.ipynb #974beb58
 from collections.abc import Callable, Mapping
@@ -113,6 +113,13 @@ def wilson_bound(
     "Confidence bound of a proportion by Wilson's score interval."
     share, z2 = np.asarray(hits) / n, z * z / n
     return (share + z2 / 2 + z * np.sqrt(share * (1 - share) / n + z2 / n / 4)) / (1 + z2)
+
+def wilson_interval(
+    hits: int, # number right
+    n: int, # out of how many; at least 1
+) -> tuple[float, float]: # low, high
+    "Wilson's 95 % interval of a proportion, two-sided."
+    return max(float(wilson_bound(hits, n, -1.96)), 0.0), min(float(wilson_bound(hits, n, 1.96)), 1.0)
 
 def wilson_lower(
     hits: np.ndarray | float, # number right

@@ -22,7 +22,7 @@ from ..config import get_logger
 from ..data.catalog import Catalog
 from ..errors import TooLittleData
 from ..files import atomic_file
-from ..metrics import class_scores, confusion_matrix, coverage_curve, ece, log_loss, reliability, review_threshold, summary, wilson_bound
+from ..metrics import class_scores, confusion_matrix, coverage_curve, ece, log_loss, reliability, review_threshold, summary, wilson_interval
 from ..models.bundle import Bundle
 from ..models.experts import expert_class
 from ..models.fusion import temper
@@ -157,7 +157,7 @@ def decided_alone(
     hit = (p.argmax(1) == y)[sure]
     out = {"coverage": len(hit) / max(len(y), 1), "decided": len(hit)}
     if not len(hit): return out
-    low, high = (float(wilson_bound(hit.sum(), len(hit), z)) for z in (-1.96, 1.96))
+    low, high = wilson_interval(int(hit.sum()), len(hit))
     return out | {"precision": float(hit.mean()), "low": low, "high": high}
 
 def coverage_at(

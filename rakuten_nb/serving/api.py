@@ -136,14 +136,14 @@ for path in ("/predict", "/predict_code"):
 @routes.get("/model", response_model=ModelAnswer, tags=["model"], responses=problem_responses(GUARDED))
 def model(service: Running, user: Annotated[User, Security(caller)]) -> dict[str, Any]:
     "What is served, its measured quality, and what came of the last request for another model."
-    keeper = service.keeper
+    keeper, request = service.keeper, last_model_request(service.store)
+    news = model_news(service.store, request) if request else [] # before the bundle is looked at: what is said to be followed is shown
     if (bundle := keeper.bundle) is None: raise no_model(keeper)
-    request = last_model_request(service.store)
     quality = {which: bundle.about.get(which, {}) for which in ("metrics", "data")}
     live = [vars(found) | {"accuracy": found.accuracy, "low": found.low, "high": found.high} for found in live_accuracy(service.store)]
     return quality | {"live": live, "model_version": bundle.version, "experts": list(bundle.experts), "review_threshold": bundle.threshold,
                       "error": _place_free(keeper.error, service), "request": request,
-                      "followed": [n | {"error": _place_free(n["error"], service)} for n in model_news(service.store, request)] if request else []}
+                      "followed": [n | {"error": _place_free(n["error"], service)} for n in news]}
 
 def _place_free(error: str, service: Service) -> str:
     "A reason without where the bundle lies on the server's disk."

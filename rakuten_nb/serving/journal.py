@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import get_logger
-from ..errors import InputError
-from .kept import ServedProduct, kept_columns
+from .kept import ServedProduct, try_to_keep
 from .store import Store, StoreAway, add_predictions
 
 # %% ../../nbs/serving/41a_journal.ipynb #4f539a17
@@ -102,11 +101,8 @@ def fill_batch(
     while len(journal.batch) < most:
         try: row, product = take_waiting(journal)
         except queue.Empty: return
-        try: columns = kept_columns(journal.data_dir, product, row["at"]) if product else None
-        except InputError as e:
-            get_logger("serving_logger").error("a product could not be kept", extra={"request_id": row.get("request_id"), "error": str(e)})
-            journal.on_unkept(1)
-            columns = None
+        columns = try_to_keep(journal.data_dir, product, row["at"], row["request_id"]) if product else None
+        if product and columns is None: journal.on_unkept(1)
         journal.batch.append((row, columns))
 
 def write_waiting(journal: Journal) -> None:

@@ -7,7 +7,6 @@ __all__ = ['PAGE', 'FRESH', 'write_over', 'prune_store', 'prune_pictures', 'star
            'erase_request', 'erase_user', 'store_contents']
 
 # %% ../../nbs/serving/45d_retention.ipynb #588a1036
-import json
 import re
 import threading
 import time
@@ -26,6 +25,7 @@ from .feedback import unwanted
 from .jobs import UNFINISHED, end_job, find_jobs, remove_job
 from .kept import kept_path
 from .store import Store, feedback, jobs, kept, model_requests, predictions, users, utc_now
+from .upload import read_chunk
 from .worker import answers_path, remove_files
 
 # %% ../../nbs/serving/45d_retention.ipynb #5f29c88f
@@ -139,7 +139,7 @@ def jobs_with(
     "The jobs that hold a product: among their answers, or, while they go on, among what was sent."
     def holds(path: Path) -> bool:
         try:
-            if path.suffix == ".json": return any(row[0] == product_id for row in json.loads(path.read_text(encoding="utf-8")))
+            if path.suffix == ".json": return any(row.productid == product_id for row in read_chunk(path.parent, int(path.stem.removeprefix("chunk-"))))
             return any(row[0] == product_id for row in csv_rows(path))
         except (InputError, FileNotFoundError): return False # removed meanwhile
     found = (p for kind in ("predictions.csv", "chunk-*.json") for p in (settings.rakuten_data_dir / "jobs").glob(f"*/{kind}"))

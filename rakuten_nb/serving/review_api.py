@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['review_routes', 'Reviewer', 'Speaker', 'ItemId', 'SEEN', 'REVIEW_QUERY', 'SIGNS', 'FEEDBACK_FIELDS', 'FEEDBACK_BYTES',
            'FEEDBACK_BODY', 'PATIENCE', 'RequestId', 'ReviewItem', 'ReviewPage', 'ReviewExplained', 'FeedbackAnswer',
-           'as_item', 'query_value', 'review', 'waiting_product', 'kept_picture', 'review_picture',
-           'review_explanation', 'whole_number', 'unknown_code', 'read_feedback', 'checked_feedback', 'told_of',
-           'give_feedback', 'take_back']
+           'as_item', 'whole_number', 'query_value', 'review', 'waiting_product', 'kept_picture', 'review_picture',
+           'review_explanation', 'unknown_code', 'read_feedback', 'checked_feedback', 'told_of', 'give_feedback',
+           'take_back']
 
 # %% ../../nbs/serving/45b_review_api.ipynb #fff9f882
 import asyncio
@@ -108,6 +108,13 @@ REVIEW_QUERY: dict[str, dict[str, Any]] = {
 _parameters = [{"name": name, "in": "query", "required": False, "description": schema["description"], "schema": schema}
                for name, schema in REVIEW_QUERY.items()]
 
+def whole_number(
+    found: object, # of JSON, a form, a query or a path
+) -> int | None: # None for what is none
+    "A number from 0 to 10 ** 15."
+    if isinstance(found, str) and found.isascii() and found.isdigit() and len(found) <= 16: found = int(found)
+    return found if type(found) is int and 0 <= found <= 10**15 else None
+
 def query_value(
     request: Request,
     name: str, # a key of `REVIEW_QUERY`
@@ -116,7 +123,7 @@ def query_value(
     schema, found = REVIEW_QUERY[name], request.query_params.getlist(name)
     if not found: return schema.get("default")
     text = found[0]
-    value = int(text) if schema["type"] == "integer" and text.isascii() and text.isdigit() and len(text) < 19 else text
+    value = whole_number(text) if schema["type"] == "integer" else text
     if "enum" in schema: fits = value in schema["enum"]
     else: fits = "maximum" not in schema or (isinstance(value, int) and schema["minimum"] <= value <= schema["maximum"])
     if fits and len(found) == 1 and text and "\0" not in text: return value
@@ -140,7 +147,7 @@ SIGNS = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png", b"RIFF": "image
 
 def waiting_product(service: Service, id: str) -> Waiting:
     "A product of the queue; raises `Problem` 404."
-    found = find_waiting(service.store, id=int(id), most=1) if id.isascii() and id.isdigit() and len(id) < 19 else []
+    found = [] if (number := whole_number(id)) is None else find_waiting(service.store, id=number, most=1)
     if not found: raise Problem(404, "no-product", "no product of this number waits; it may have been reviewed meanwhile")
     return found[0]
 
@@ -179,13 +186,6 @@ _fields = {"id": {"type": "integer", "minimum": 0, "maximum": 10**15, "descripti
 FEEDBACK_BODY = {"requestBody": {"required": True, "content": {
     "application/json": {"schema": _by | {"properties": _fields}, "example": {"request_id": "4f0c9a", "prdtypecode": 2583}},
     "application/x-www-form-urlencoded": {"schema": _by | {"properties": _fields}}}}}
-
-def whole_number(
-    found: object, # of JSON, or of a form
-) -> int | None: # None for what is none
-    "A number from 0 to 10 ** 15."
-    if isinstance(found, str) and found.isascii() and found.isdigit() and len(found) <= 16: found = int(found)
-    return found if type(found) is int and 0 <= found <= 10**15 else None
 
 def unknown_code(
     found: object,

@@ -20,6 +20,7 @@ from rakuten_nb.data.catalog import (
     Catalog,
     Products,
     Quarantined,
+    join_products,
     make_products,
     write_catalog,
     write_quarantine,
@@ -109,8 +110,7 @@ def without_gold(
     "Without products that are gold, or near duplicates of a gold product, of the catalogue's or of their own."
     found_gold = is_gold(found.products)
     theirs = catalog.products[is_gold(catalog.products)] if catalog else make_products([])
-    both = Products(*(np.concatenate([getattr(p, f) for p in (theirs, found.products)]) for f in Products.__dataclass_fields__))
-    group, gold = near_duplicates(both), np.concatenate([np.full(len(theirs), True), found_gold])
+    group, gold = near_duplicates(join_products([theirs, found.products])), np.concatenate([np.full(len(theirs), True), found_gold])
     near = np.isin(group, group[gold])[len(theirs):] & ~found_gold
     out = leave_out(found, found_gold, "gold: models are judged by it")
     return leave_out(out, near[~found_gold], "near duplicate of a gold product")
@@ -163,10 +163,6 @@ def join_catalog(
     return replace(found, products=new, corrected=changed, known=int(known.sum())), replace(old, label=label)
 
 # %% ../../nbs/serving/45c_reviewed.ipynb #7a56a0ff
-def _joined(parts: list[Products]) -> Products:
-    "Products one after another."
-    return Products(*(np.concatenate([getattr(p, f) for p in parts]) for f in Products.__dataclass_fields__))
-
 def export_reviewed(
     store: Store,
     data_dir: Path, # `Settings.rakuten_data_dir`
@@ -189,6 +185,6 @@ def export_reviewed(
         else: why = "no reviewed product is kept; reviewers find what waits at GET /review"
         raise TooLittleData(f"nothing to export: {why}")
     test = onto.split("test") if onto else None
-    write_catalog(out, _joined([*old, found.products]), test if test is not None and len(test) else None)
+    write_catalog(out, join_products([*old, found.products]), test if test is not None and len(test) else None)
     write_quarantine(found.left_out, out / "left_out.csv")
     return found

@@ -46,7 +46,7 @@ from rakuten_nb.serving.jobs import (
     renew_claim,
     stop_disabled,
 )
-from .kept import ServedProduct, kept_columns, prediction_columns
+from .kept import ServedProduct, prediction_columns, try_to_keep
 from .store import Store, StoreAway, insert_predictions, utc_now
 from .upload import LONGEST_UPLOAD, PICTURES, UPLOAD, Archive, UploadedRow, open_archive, read_chunk
 
@@ -155,10 +155,7 @@ def log_columns(
     columns = prediction_columns(answer, served, request_id=f"{claim.job}-{row + 1}", at=at, user=claim.user, product_id=product.productid,
                                  model_version=bundle.version)
     if not answer.needs_review or not settings.rakuten_keep_days: return columns, None
-    try: return columns, kept_columns(settings.rakuten_data_dir, served, at)
-    except InputError as e:
-        get_logger("serving_logger").error("a product could not be kept", extra={"request_id": columns["request_id"], "error": str(e)})
-        return columns, None
+    return columns, try_to_keep(settings.rakuten_data_dir, served, at, columns["request_id"])
 
 # %% ../../nbs/serving/44b_worker.ipynb #720dd022
 TYPED: dict[str, Callable[[str], object]] = {
