@@ -25,7 +25,7 @@ from .config import read_settings
 from .console import err_console, out_console, rich_table
 from .data.catalog import Catalog, advice, read_catalog, write_quarantine
 from .errors import AnswerIsNo, InputError, RakutenError
-from .serving.bento_build import bento
+from .serving.bento.build import bento
 from .serving.commands import feedback, jobs, settings_store, store, users
 
 # %% ../nbs/60_cli.ipynb #ec31499f
@@ -280,7 +280,7 @@ def stage(
 @app.command()
 def summary(products: Annotated[int, typer.Option(min=0, help="How many classified products to show.")] = 5) -> None:
     "Tell what the pipeline has made: figures on gold, a few answers, and what to do next."
-    from rakuten_nb.evaluation.register import load_registered
+    from rakuten_nb.tracking.register import load_registered
     from rakuten_nb.models.bundle import verify_bundle
     from rakuten_nb.models.training import metrics_frame
     from rakuten_nb.models.workspace import answers_frame, workspace
@@ -330,14 +330,14 @@ def model_pull(
     to: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write the bundle to.", show_default=False)],
 ) -> None:
     "Fetch a registered model as a bundle, and verify it."
-    from rakuten_nb.evaluation.tracking import pull_bundle
+    from rakuten_nb.tracking.registry import pull_bundle
     version = pull_bundle(uri, to)
     out_console().print(f"{to}: model {version}")
 
 @model.command("list")
 def model_list() -> None:
     "The registered versions, the newest first, with their aliases and figures."
-    from rakuten_nb.evaluation.tracking import versions_frame
+    from rakuten_nb.tracking.registry import versions_frame
     found = versions_frame()
     out_console().print(rich_table(found) if len(found) else "no model is registered there yet; `rakuten-nb stage register` registers the one in models/bundle")
 
@@ -348,7 +348,7 @@ def log_model(
                                                 show_default=False)],
 ) -> None:
     "Put an existing Keras model under tracking: read, re-saved in today's format, checked to answer the same."
-    from rakuten_nb.evaluation.existing import log_files
+    from rakuten_nb.tracking.legacy_models import log_files
     out_console().print(log_files(files))
 
 # %% ../nbs/60_cli.ipynb #eafc6361
@@ -363,9 +363,9 @@ def serve(
 ) -> None:
     "Serve the API until it is stopped."
     from rakuten_nb.config import ensure_secret_key
-    from rakuten_nb.serving.origin import RegistryOrigin
-    from rakuten_nb.serving.security import signing_key
-    from rakuten_nb.serving.store import list_users
+    from rakuten_nb.serving.model_source import RegistrySource
+    from rakuten_nb.serving.tokens import signing_key
+    from rakuten_nb.store.database import list_users
     if make_secret and ensure_secret_key(): err_console().print("wrote a random SECRET_KEY into .env")
     if bundle and model_uri: raise InputError("expected --bundle or --model-uri; found both")
     settings = read_settings()
@@ -373,7 +373,7 @@ def serve(
     if model_uri:
         settings = settings.model_copy(update={"rakuten_model_uri": model_uri})
         settings.model_fields_set.discard("rakuten_bundle") # what is typed beats what is set
-    if settings.served_uri and (trouble := RegistryOrigin(settings.served_uri).trouble()):
+    if settings.served_uri and (trouble := RegistrySource(settings.served_uri).trouble()):
         err_console().print(f"[yellow]worth knowing:[/] {_plain(trouble)}; what was served before is served, if anything was", soft_wrap=True)
     signing_key(settings)
     with socket.socket() as probe:

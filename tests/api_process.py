@@ -9,8 +9,8 @@ from typing import Any
 
 import httpx
 
-from rakuten_nb.serving.security import hash_password
-from rakuten_nb.serving.store import Store, add_user, open_store
+from rakuten_nb.serving.tokens import hash_password
+from rakuten_nb.store.database import Store, add_user, open_store
 
 KEY = "a key that is long enough for tests, and for nothing else"
 PASSWORD = "a password that is long enough"

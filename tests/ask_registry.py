@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from rakuten_nb.evaluation.tracking import open_tracking
+from rakuten_nb.tracking.registry import open_tracking
 from rakuten_nb.models.bundle import load_bundle
 from rakuten_nb.models.workspace import Workspace, load_prepared
 

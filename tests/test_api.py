@@ -26,7 +26,7 @@ from PIL import Image
 
 from rakuten_nb.data.catalog import read_catalog
 from rakuten_nb.data.picture import picture_bytes
-from rakuten_nb.serving.store import change_user, predictions
+from rakuten_nb.store.database import change_user, predictions
 
 STRANGE = "🎁 <script>alert('é')</script>&amp; '; DROP TABLE users; -- \u202e ../../etc/passwd"
 

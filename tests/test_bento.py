@@ -21,7 +21,7 @@ from PIL import Image
 from rakuten_nb.data.catalog import Products, read_catalog
 from rakuten_nb.data.picture import picture_bytes
 from rakuten_nb.models.bundle import load_bundle
-from rakuten_nb.serving.bento_build import BENTOFILE, build_bento, lay_out
+from rakuten_nb.serving.bento.build import BENTOFILE, build_bento, lay_out
 
 pytestmark = pytest.mark.services
 

@@ -21,9 +21,9 @@ from PIL import Image
 
 from rakuten_nb.config import Settings
 from rakuten_nb.models.bundle import Prediction
-from rakuten_nb.serving.jobs import add_job, end_job, find_jobs
-from rakuten_nb.serving.kept import ServedProduct, kept_columns, prediction_columns
-from rakuten_nb.serving.store import Store, add_predictions, utc_now
+from rakuten_nb.store.jobs import add_job, end_job, find_jobs
+from rakuten_nb.store.products import ServedProduct, kept_columns, prediction_columns
+from rakuten_nb.store.database import Store, add_predictions, utc_now
 from rakuten_nb.serving.worker import KINDS, answers_path, job_folder
 
 pytestmark = pytest.mark.services

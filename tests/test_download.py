@@ -31,7 +31,7 @@ from urllib3.util.retry import Retry
 from rakuten_nb.config import get_logger
 from rakuten_nb.data.catalog import read_catalog
 from rakuten_nb.data.download import ARCHIVE, FOLDERS, MIB, PATIENCE, TABLES, download_catalog
-from rakuten_nb.data.source import import_catalog
+from rakuten_nb.data.ingest import import_catalog
 from rakuten_nb.errors import InputError
 
 AT_ONCE = PATIENCE.new(backoff_factor=0, backoff_jitter=0)

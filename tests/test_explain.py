@@ -218,4 +218,4 @@ def test_the_document_tells_of_it(api: ApiProcess) -> None:
         assert set(field["enum"]) == {"true", "1", "false", "0"}
     answer = document["components"]["schemas"]["Answer"]
     assert "explanation" in answer["properties"] and "explanation" not in answer["required"]
-    assert set(Explanation().to_dict()) == set(document["components"]["schemas"]["Explained"]["properties"])
+    assert set(Explanation().to_dict()) == set(document["components"]["schemas"]["ExplanationResponse"]["properties"])

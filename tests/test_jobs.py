@@ -25,8 +25,8 @@ import sqlalchemy as sa
 from api_process import USERS, ApiProcess, memory_mb
 from conftest import Run, needs_postgres
 
-from rakuten_nb.serving.jobs import add_job, claim_chunk, find_jobs, job_numbers, leftover_jobs, renew_claim
-from rakuten_nb.serving.store import add_user, change_user, job_results, jobs, open_store, predictions, utc_now
+from rakuten_nb.store.jobs import add_job, claim_chunk, find_jobs, job_numbers, leftover_jobs, renew_claim
+from rakuten_nb.store.database import add_user, change_user, job_results, jobs, open_store, predictions, utc_now
 
 if TYPE_CHECKING:
     from servers import Postgres

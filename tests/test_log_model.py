@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import Run, once
 
-from rakuten_nb.models.keras2 import ModelFile, course_lstm, largest_difference, named_objects, numpy_answers, write_h5
+from rakuten_nb.tracking.keras2 import ModelFile, course_lstm, largest_difference, named_objects, numpy_answers, write_h5
 from rakuten_nb.taxonomy import CODES
 
 QUESTIONS = np.random.default_rng(7).integers(0, 300, (20, 10)).astype(np.float32)

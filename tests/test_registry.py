@@ -98,7 +98,7 @@ def test_mlflow_away_is_one_line_and_caught_up_with(own: Path, tell: Tell, regis
     before, nobody = version_of(own), f"http://marie:hush@127.0.0.1:{free_port()}"
     answer = register(own, 1, MLFLOW_TRACKING_URI=nobody, MLFLOW_HTTP_REQUEST_MAX_RETRIES="0")
     errors = [line for line in answer.stderr.splitlines() if "error" in line.lower()]
-    assert len(errors) == 1 and "TrackingAway: MLflow at http://127.0.0.1:" in errors[0] and "connection refused" in errors[0]
+    assert len(errors) == 1 and "TrackingUnavailable: MLflow at http://127.0.0.1:" in errors[0] and "connection refused" in errors[0]
     assert "Traceback" not in answer.stdout + answer.stderr and "hush" not in answer.stdout + answer.stderr
     assert "hush" not in (own / "reports/runs/70_register.ipynb").read_text(encoding="utf-8"), "the executed notebook tells it neither"
     assert version_of(own) == before
@@ -116,7 +116,7 @@ def test_the_api_serves_what_the_registry_holds(own: Path, tell: Tell, register:
         change(own, image={"experts": {}})
         assert tell(own, "dvc", "repro", "register").returncode == 0
         promote = f"with open_tracking() as m: m.MlflowClient().set_registered_model_alias('{MODEL}', 'champion', 2)"
-        assert tell(own, "python", "-c", f"from rakuten_nb.evaluation.tracking import open_tracking\n{promote}").returncode == 0
+        assert tell(own, "python", "-c", f"from rakuten_nb.tracking.registry import open_tracking\n{promote}").returncode == 0
         token = api.client.post("/token", data={"username": "root", "password": PASSWORD}).json()["access_token"]
         admin = {"Authorization": f"Bearer {token}"}
         assert api.client.get("/status").json()["model_version"] == first

@@ -14,8 +14,8 @@ import sqlalchemy as sa
 from api_process import PASSWORD, ApiProcess
 from conftest import needs_postgres, needs_redis
 
-from rakuten_nb.serving.security import hash_password
-from rakuten_nb.serving.store import add_user, change_user, open_store, predictions
+from rakuten_nb.serving.tokens import hash_password
+from rakuten_nb.store.database import add_user, change_user, open_store, predictions
 
 if TYPE_CHECKING:
     from servers import Postgres, RedisServer

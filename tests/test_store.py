@@ -17,14 +17,14 @@ from api_process import free_port
 from conftest import needs_postgres
 
 from rakuten_nb.errors import InputError, RakutenError
-from rakuten_nb.serving.feedback import count_waiting
-from rakuten_nb.serving.jobs import job_numbers
-from rakuten_nb.serving.journal import Journal
-from rakuten_nb.serving.store import (
+from rakuten_nb.store.feedback import count_waiting
+from rakuten_nb.store.jobs import job_numbers
+from rakuten_nb.store.prediction_log import PredictionLog
+from rakuten_nb.store.database import (
     ADDED,
     SCHEMA,
     Store,
-    StoreAway,
+    StoreUnavailable,
     add_predictions,
     add_user,
     ask_for_model,
@@ -97,7 +97,7 @@ def appear(store: Store, count: int, within: float = 20) -> list[str]:
 
 MAKE = """
 import sys
-from rakuten_nb.serving.store import add_user, list_users, open_store
+from rakuten_nb.store.database import add_user, list_users, open_store
 for url in sys.argv[2:]:
     print("ready", flush=True)
     sys.stdin.readline() # until the others are too
@@ -282,7 +282,7 @@ def test_many_that_write_at_once_lose_nothing(database: Database, store: Store) 
 
 def test_a_store_with_no_connection_left_says_so(store: Store) -> None:
     began = time.monotonic()
-    with ExitStack() as held, pytest.raises(StoreAway) as e:
+    with ExitStack() as held, pytest.raises(StoreUnavailable) as e:
         for _ in range(200): held.enter_context(store.reading())
     assert time.monotonic() - began < 10 and one_line(e.value)
     assert list_users(store) == [], "and has some again afterwards"
@@ -319,7 +319,7 @@ def one_line(error: RakutenError) -> str:
 @needs_postgres
 def test_a_wrong_password_is_said_without_it(postgres_server: "Postgres") -> None:
     for url in (postgres_server.url("postgres", SECRET), f"postgresql://{postgres_server.user}:{SECRET}@127.0.0.1:{postgres_server.port}/postgres"):
-        with pytest.raises(StoreAway) as e: open_store(url)
+        with pytest.raises(StoreUnavailable) as e: open_store(url)
         assert "password authentication failed" in one_line(e.value)
 
 @pytest.mark.services
@@ -332,11 +332,11 @@ def test_a_password_in_the_query_is_not_said_either(postgres_server: "Postgres")
 @pytest.mark.services
 @needs_postgres
 def test_a_database_that_there_is_not(postgres_server: "Postgres") -> None:
-    with pytest.raises(StoreAway) as e: open_store(postgres_server.url("nowhere"))
+    with pytest.raises(StoreUnavailable) as e: open_store(postgres_server.url("nowhere"))
     assert "nowhere" in one_line(e.value)
 
 def test_a_server_that_is_absent() -> None:
-    with pytest.raises(StoreAway) as e: open_store(f"postgresql+psycopg://rakuten:{SECRET}@127.0.0.1:{free_port()}/rakuten")
+    with pytest.raises(StoreUnavailable) as e: open_store(f"postgresql+psycopg://rakuten:{SECRET}@127.0.0.1:{free_port()}/rakuten")
     assert "refused" in one_line(e.value) and "***" in str(e.value)
 
 @pytest.mark.parametrize("url", [f"mysql://u:{SECRET}@h/d", f"oracle+nonsense://u:{SECRET}@h/d", f"rakuten:{SECRET}", "sqlite://", "sqlite:///:memory:", ""])
@@ -346,7 +346,7 @@ def test_a_url_of_something_else_is_refused_without_its_password(url: str) -> No
 
 def test_a_file_that_is_no_database(tmp_path: Path) -> None:
     (tmp_path / "store.sqlite").write_text("not a database, but long enough to look like the page of one\n" * 100)
-    with pytest.raises(StoreAway) as e: open_store(f"sqlite:///{tmp_path}/store.sqlite")
+    with pytest.raises(StoreUnavailable) as e: open_store(f"sqlite:///{tmp_path}/store.sqlite")
     assert "not a database" in one_line(e.value)
 
 @pytest.mark.services
@@ -358,7 +358,7 @@ def test_reading_and_writing_while_it_is_away_say_so_and_work_afterwards(postgre
                                       lambda: add_predictions(store, [row()])]
     with postgres_server.stopped():
         for what in tasks:
-            with pytest.raises(StoreAway) as e: what()
+            with pytest.raises(StoreUnavailable) as e: what()
             assert postgres_server.password not in one_line(e.value)
     assert find_user(store, "marie") and ask_for_model(store, "root") and everything(store) == []
     store.close()
@@ -367,7 +367,7 @@ def test_reading_and_writing_while_it_is_away_say_so_and_work_afterwards(postgre
 
 def test_the_journal_waits_for_the_database(database: Database, store: Store) -> None:
     lost: list[int] = []
-    journal = Journal(store, lost.append, every=0.05)
+    journal = PredictionLog(store, lost.append, every=0.05)
     journal.add(row(0))
     assert appear(store, 1) == ["r0"]
     with database.away():
@@ -382,14 +382,14 @@ def test_the_journal_waits_for_the_database(database: Database, store: Store) ->
 def test_the_journal_tells_what_it_had_to_lose(database: Database, store: Store) -> None:
     lost: list[int] = []
     with database.away():
-        journal = Journal(store, lost.append, every=3600, keep=10)
+        journal = PredictionLog(store, lost.append, every=3600, keep=10)
         for n in range(25): journal.add(row(n))
     journal.close()
     assert [r["request_id"] for r in everything(store)] == [f"r{n}" for n in range(15, 25)] and sum(lost) == 15, "the oldest go first, and are counted"
 
 def test_what_no_database_takes_does_not_hold_up_the_journal(store: Store) -> None:
     lost: list[int] = []
-    journal = Journal(store, lost.append, every=0.5)
+    journal = PredictionLog(store, lost.append, every=0.5)
     for n, changes in enumerate([{}, {"product_id": None}, {}]): journal.add(row(n, **changes))
     appear(store, 2, within=3)
     journal.add(row(3))
