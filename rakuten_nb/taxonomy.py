@@ -16,10 +16,10 @@ from .errors import InputError
 # %% ../nbs/04_taxonomy.ipynb #7282741c
 @dataclass(frozen=True)
 class ProductType:
-    "One product type: what it is called, and where it stands in a row of probabilities."
+    "One product type: code, names, and its column in arrays of probabilities."
     code: int # prdtypecode
     index: int # column of every (n, 27) array of probabilities
-    name_fr: str # what the administrator sees
+    name_fr: str # shown to the administrator
     name_en: str
     family: str # coarse group, in English
 
@@ -53,7 +53,7 @@ _types = (
     (2705, "Livres neufs", "New books", "books"),
     (2905, "Jeux PC à télécharger", "Downloadable PC games", "games"),
 )
-PRODUCT_TYPES: tuple[ProductType, ...] = tuple(ProductType(c, i, fr, en, fam) for i, (c, fr, en, fam) in enumerate(_types))
+PRODUCT_TYPES: tuple[ProductType, ...] = tuple(ProductType(code, i, *rest) for i, (code, *rest) in enumerate(_types))
 CODES: tuple[int, ...] = tuple(t.code for t in PRODUCT_TYPES)
 
 # %% ../nbs/04_taxonomy.ipynb #e401f7fe
@@ -62,7 +62,7 @@ _index = {c: i for i, c in enumerate(CODES)}
 def code_indices(
     codes: Iterable[int], # prdtypecodes
 ) -> np.ndarray: # (n,) int64 class indices
-    "The class index of each code; an unknown code raises `InputError` naming its row and the code."
+    "The class index of each code; raises `InputError` naming the row of an unknown code."
     codes = list(codes)
     for row, c in enumerate(codes):
         if c not in _index: raise InputError(f"row {row}: prdtypecode {c!r} is not one of the 27 known product types")
@@ -72,5 +72,5 @@ def code_indices(
 def product_type(
     code: int, # prdtypecode
 ) -> ProductType:
-    "The product type of a code; an unknown code raises `InputError`."
+    "The product type of a code; raises `InputError` on an unknown code."
     return PRODUCT_TYPES[code_indices([code])[0]]

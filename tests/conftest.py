@@ -1,4 +1,4 @@
-"Marks, what a skipped test lacks, and what several tests share."
+"Marks, missing system packages, and fixtures that several tests share."
 import fcntl
 import os
 import re
@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ import pytest
 
 if TYPE_CHECKING:
     from api_process import ApiProcess
+    from fork_server import ForkServer
     from pipeline_copy import Tell
     from servers import Postgres, RedisServer
 
@@ -23,12 +23,13 @@ SLOWER = ("services", "heavy")
 LACKS = "needs the Debian package "
 
 def find_program(name: str) -> str | None:
-    "Where a program is: on PATH, or where Debian keeps those of PostgreSQL, the newest first."
+    "The path of a program: on PATH, or in Debian's folders of PostgreSQL, newest version first."
     folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda p: float(p.parent.name), reverse=True)
-    return shutil.which(name) or next((found for folder in folders if (found := shutil.which(name, path=str(folder)))), None)
+    paths = (shutil.which(name, path=str(folder)) for folder in folders)
+    return shutil.which(name) or next((path for path in paths if path), None)
 
 def needs(command: str, package: str | None = None) -> pytest.MarkDecorator:
-    "Skips the test where `command` is not installed, naming the Debian package that brings it."
+    "Skip the test where `command` is not installed, and name its Debian package."
     return pytest.mark.skipif(find_program(command) is None, reason=f"{LACKS}{package or command}")
 
 @pytest.fixture(scope="session")
@@ -38,37 +39,39 @@ def root() -> Path:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    "What carries no other mark is fast. First, so that `-m fast` sees it."
+    "Mark a test without another mark as fast, before `-m fast` selects."
     for item in items:
         if not any(item.get_closest_marker(mark) for mark in SLOWER): item.add_marker("fast")
 
 def skip_reasons(config: pytest.Config) -> list[str]:
-    "Why each skipped test was skipped."
+    "The reason of each skipped test."
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     reports = reporter.stats.get("skipped", []) if reporter else []
     return [r.longrepr[2] if isinstance(r.longrepr, tuple | list) else str(r.longrepr) for r in reports]
 
 def skips_forbidden() -> bool:
-    "Whether a skipped test counts as a failed one, as it does in continuous integration."
+    "Whether a skipped test fails the run, as in continuous integration."
     return os.environ.get("RAKUTEN_FORBID_SKIPS", "") not in ("", "0")
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    "A run in which something was skipped fails where that is asked for."
+    "Fail a run with skipped tests where skips are forbidden."
     passed = session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
-    if passed and skips_forbidden() and skip_reasons(session.config): session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    if passed and skips_forbidden() and skip_reasons(session.config):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
-    "Last of all, one line for each missing system package, with the command that installs it."
+    "Print one line for each missing system package, with the command that installs it."
     yield
     reasons = skip_reasons(terminalreporter.config)
     packages = Counter(m[1] for r in reasons if (m := re.search(re.escape(LACKS) + r"(\S+)", r)))
     for package, n in sorted(packages.items()):
-        terminalreporter.write_line(f"{n} skipped for want of a system package: apt-get install {package}", yellow=True)
+        terminalreporter.write_line(f"{n} skipped, a system package is missing: apt-get install {package}", yellow=True)
     if reasons and skips_forbidden():
-        terminalreporter.write_line(f"{len(reasons)} skipped, and RAKUTEN_FORBID_SKIPS is set: this run fails", red=True)
+        line = f"{len(reasons)} skipped, and RAKUTEN_FORBID_SKIPS is set: this run fails"
+        terminalreporter.write_line(line, red=True)
 
-# --- what several tests need, made once a run and shared by its workers
+# --- made once in a run and shared by its workers
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -77,7 +80,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 def once(folder: Path, make: Callable[[Path], object]) -> Path:
-    "The folder, filled by `make` if no other worker has done so; it appears whole or not at all."
+    "The folder, filled by `make` unless another worker has done so; it appears complete or not at all."
     with folder.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
@@ -92,22 +95,37 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="session")
 def env(shared: Path) -> dict[str, str]:
-    "The environment of every process that a test starts: this tree's package; caches, logs and bytecode out of the project."
-    own = {"PYTHONPATH": str(ROOT), "RAKUTEN_DATA_DIR": str(shared / "data"), "RAKUTEN_LOG_DIR": str(shared / "logs"), "OMP_NUM_THREADS": "1",
-           "PYTHONPYCACHEPREFIX": str(shared / "bytecode"), "MLFLOW_DISABLE_TELEMETRY": "true"} # without bytecode a process takes three times as long to start
-    return {k: v for k, v in os.environ.items() if not k.startswith(("RAKUTEN_", "MLFLOW_", "DAGSHUB_", "AWS_")) and k != "PYTHONDONTWRITEBYTECODE"} | own
+    "The environment of processes that tests start: the package of this tree; caches, logs and bytecode outside it."
+    own = {"PYTHONPATH": str(ROOT), "RAKUTEN_DATA_DIR": str(shared / "data"), "RAKUTEN_LOG_DIR": str(shared / "logs"),
+           "OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true", # without bytecode a start takes three times as long
+           "PYTHONPYCACHEPREFIX": str(shared / "bytecode")}
+    private = ("RAKUTEN_", "MLFLOW_", "DAGSHUB_", "AWS_", "PYTHONDONTWRITEBYTECODE")
+    return {k: v for k, v in os.environ.items() if not k.startswith(private)} | own
 
 @pytest.fixture(scope="session")
 def python(env: dict[str, str], shared: Path) -> Run:
-    "Runs Python outside the project; `extra` adds to its environment. What it says is returned, whatever its exit code."
-    def run(*args: object, extra: dict[str, str] | None = None, program: Path | str = sys.executable) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([program, *map(str, args)], env=env | (extra or {}), cwd=shared, capture_output=True, text=True, check=False)
+    "Runs Python outside the project, in the environment `env` and `extra`, and returns output and exit code."
+    def run(
+        *args: object, extra: dict[str, str] | None = None, program: Path | str = sys.executable,
+    ) -> subprocess.CompletedProcess[str]:
+        command = [program, *map(str, args)]
+        return subprocess.run(command, env=env | (extra or {}), cwd=shared, capture_output=True, text=True, check=False)
     return run
 
 @pytest.fixture(scope="session")
-def rakuten(python: Run) -> Run:
-    "Runs the command line in a process of its own."
-    return partial(python, "-m", "rakuten_nb.cli")
+def fork_server(env: dict[str, str]) -> Iterator["ForkServer"]:
+    "A process that has imported the command line."
+    from fork_server import ForkServer
+    server = ForkServer(env)
+    yield server
+    server.close()
+
+@pytest.fixture(scope="session")
+def rakuten(fork_server: "ForkServer", env: dict[str, str], shared: Path) -> Run:
+    "Runs the command line in a process of its own, forked from one that has imported it."
+    def run(*args: object, extra: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        return fork_server.run(args, env | (extra or {}), shared)
+    return run
 
 @pytest.fixture(scope="session")
 def sample_catalog(shared: Path) -> Path:
@@ -117,7 +135,7 @@ def sample_catalog(shared: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def hard_catalog(shared: Path) -> Path:
-    "Fifty products that are hard to read the same way twice."
+    "Fifty products that are hard to read in the same way twice."
     from hard_products import write_hard_products
     return once(shared / "hard", write_hard_products)
 

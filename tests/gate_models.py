@@ -9,7 +9,7 @@ from rakuten_nb.data.catalog import Catalog, read_catalog
 from rakuten_nb.data.sample import make_sample
 from rakuten_nb.models.bundle import save_bundle
 from rakuten_nb.models.training import SplitParams, TrainParams, train
-from rakuten_nb.models.workspace import save_judgement
+from rakuten_nb.models.workspace import save_out_of_fold
 
 PRODUCTS = 900
 SPLIT = SplitParams(folds=2, gold_share=.25)
@@ -28,9 +28,9 @@ def write_models(part: Path) -> None:
     "catalog/, the bundles honest/ and misled/, neither of which knows gold, and what each said of the others; params.yaml tells who is gold."
     catalog = read_catalog(make_sample(part / "catalog", PRODUCTS, images=False, progress=False))
     for name, share in (("honest", 0), ("misled", .3)):
-        bundle, judgement = train(with_shuffled_labels(catalog, share), TrainParams(split=SPLIT), "text_linear", keep_gold=True)
+        bundle, out_of_fold = train(with_shuffled_labels(catalog, share), TrainParams(split=SPLIT), "text_linear", keep_gold=True)
         save_bundle(bundle, part / name)
-        save_judgement(judgement, part / f"{name} judgement")
+        save_out_of_fold(out_of_fold, part / f"{name} out_of_fold")
     (part / "params.yaml").write_text(PARAMS, encoding="utf-8")
 
 def models(shared: Path) -> Path:

@@ -11,15 +11,15 @@ from scipy.stats import hypergeom
 from rakuten_nb.data.catalog import Catalog, make_products, read_catalog
 from rakuten_nb.data.sample import planted_errors
 from rakuten_nb.errors import TooLittleData
-from rakuten_nb.evaluation.audit import AuditParams, audit_catalog, audit_judgement, audit_labels, audit_words, write_audit
-from rakuten_nb.models.workspace import load_judgement
+from rakuten_nb.evaluation.audit import AuditParams, audit_catalog, audit_out_of_fold, audit_labels, audit_summary, write_audit
+from rakuten_nb.models.workspace import load_out_of_fold
 from rakuten_nb.taxonomy import CODES
 
 @pytest.fixture(scope="module")
 def found(shared: Path) -> pd.DataFrame:
     "The audit of the sample that the models of the gate learned from, gold excepted."
     made = models(shared)
-    return audit_judgement(load_judgement(made / "honest judgement"), read_catalog(made / "catalog").labelled)
+    return audit_out_of_fold(load_out_of_fold(made / "honest out_of_fold"), read_catalog(made / "catalog").labelled)
 
 def planted_in(found: pd.DataFrame) -> np.ndarray: # (n,) bool, in the order of the ranking
     "Which of the ranked labels were planted."
@@ -59,7 +59,7 @@ def test_a_catalogue_of_few_types_is_audited() -> None:
     p[0, [3, 26]] = .00001, .97
     found = audit_labels(y, p / p.sum(1, keepdims=True))
     assert found["row"][0] == 0 and found["suspect"].sum() == 1 and found["suggested"][0] == CODES[26]
-    assert len(found) == 40 and "; 2 products of types with too few" in audit_words(found), "two products of a type are too few, and said"
+    assert len(found) == 40 and "; 2 products of types with too few" in audit_summary(found), "two products of a type are too few, and said"
     assert set(audit_labels(y, p, params=AuditParams(min_class_rows=2))["given"]) == {CODES[3], CODES[7], CODES[26]}
 
 @pytest.mark.parametrize("rows", [0, 1, 9])

@@ -72,7 +72,7 @@ class Sayer:
         "What it is told to say."
         return SimpleNamespace(proba=self.said(products))
 
-    def knows(self, products: Products) -> np.ndarray:
+    def was_trained_on(self, products: Products) -> np.ndarray:
         "All of them, or none."
         return np.full(len(products), self.known)
 
@@ -154,7 +154,7 @@ def test_the_same_products_are_asked_in_any_order() -> None:
 def test_a_bundle_behaves(shared: Path) -> None:
     made = models(shared)
     honest, products = load_bundle(made / "honest"), read_catalog(made / "catalog").labelled
-    unseen = ~honest.knows(products)
+    unseen = ~honest.was_trained_on(products)
     checks = behaviour_checks(honest, products[unseen], products[~unseen], BehaviourParams(rows=60, memory=1))
     assert failing(checks) == set() and sum(c.passed is None for c in checks) == 4
 

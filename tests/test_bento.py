@@ -1,4 +1,4 @@
-"A Bento as an operator has it: built by `bentoml build`, served by `bentoml serve`, and the same as the API."
+"A Bento built by `bentoml build` and served by `bentoml serve` behaves like the API."
 import os
 import shutil
 import signal
@@ -21,24 +21,24 @@ from PIL import Image
 from rakuten_nb.data.catalog import Products, read_catalog
 from rakuten_nb.data.picture import picture_bytes
 from rakuten_nb.models.bundle import load_bundle
-from rakuten_nb.serving.bento.build import BENTOFILE, build_bento, lay_out
+from rakuten_nb.serving.bento.build import BENTOFILE, build_bento, copy_sources
 
 pytestmark = pytest.mark.services
 
 BENTOML = Path(sys.executable).with_name("bentoml")
-VERSION = "0.1.0+packed" # what the package in the Bento calls itself, so that it is told from the one that is installed
+VERSION = "0.1.0+packed" # of the package in the Bento, to distinguish it from the installed one
 
 def alive(pid: int) -> bool:
-    "Whether a process runs still."
+    "True while a process runs."
     with suppress(OSError): return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     return False
 
 class BentoProcess(ApiProcess):
-    "A Bento that is served; `bundle` is the Bento's folder, which it may name where an API names a bundle."
+    "A served Bento; its bundle is inside the Bento, so `bundle` has no effect."
     served: tuple[int, ...] = ()
 
     def start(self, wait: bool = True) -> "BentoProcess":
-        "Start it as `bentoml serve` does, in a folder where nothing of the project is."
+        "Start `bentoml serve` in a folder without files of the project."
         command = [BENTOML, "serve", self.env["TAG"], "--port", str(self.port)]
         with (self.home / "terminal.log").open("ab") as terminal:
             self.process = subprocess.Popen(command, env=self.env, cwd=self.home, stdout=terminal, stderr=terminal)
@@ -49,70 +49,88 @@ class BentoProcess(ApiProcess):
 
     def __exit__(self, *_: object) -> None:
         super().__exit__()
-        for pid in filter(alive, self.served): os.kill(pid, signal.SIGKILL) # there are some only where a test has failed
+        for pid in filter(alive, self.served): os.kill(pid, signal.SIGKILL) # only after a failed test
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory, env: dict[str, str]) -> dict[str, str]:
-    "The environment of BentoML: a store of its own, no telemetry, no package but the installed one and the Bento's."
+    "The environment of BentoML: a store of its own, no telemetry, no package of this tree."
     own = {"BENTOML_HOME": str(tmp_path_factory.mktemp("bentoml")), "BENTOML_DO_NOT_TRACK": "True"}
-    return {k: v for k, v in env.items() if k not in ("PYTHONPATH", "SECRET_KEY") and not k.startswith("BENTOML_")} | own
+    inherited = {k: v for k, v in env.items() if k not in ("PYTHONPATH", "SECRET_KEY") and not k.startswith("BENTOML_")}
+    return inherited | own
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory, home: dict[str, str], bundle: Path) -> tuple[str, Path]:
-    "The tag of a Bento and its folder, built in a project whose `.env` holds the key."
+    "The tag and the folder of a Bento, built in a project whose `.env` contains a key."
     project = tmp_path_factory.mktemp("project")
-    lay_out(ROOT, bundle, project)
+    copy_sources(ROOT, bundle, project)
     (project / ".env").write_text(f"SECRET_KEY={KEY}\n", encoding="utf-8")
     init = project / "rakuten_nb" / "__init__.py"
     init.write_text(f'{init.read_text(encoding="utf-8")}\n__version__ = "{VERSION}"\n', encoding="utf-8")
-    answer = subprocess.run([BENTOML, "build", "-f", BENTOFILE, "-o", "tag"], cwd=project, env=home, capture_output=True, text=True, check=False)
-    assert answer.returncode == 0, answer.stdout + answer.stderr
-    tag = next(line for line in answer.stdout.splitlines() if line.startswith("__tag__:")).removeprefix("__tag__:")
+    command = [BENTOML, "build", "-f", BENTOFILE, "-o", "tag"]
+    run = subprocess.run(command, cwd=project, env=home, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    tag = next(line for line in run.stdout.splitlines() if line.startswith("__tag__:")).removeprefix("__tag__:")
     return tag, Path(home["BENTOML_HOME"]) / "bentos" / tag.replace(":", "/")
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory, home: dict[str, str], packed: tuple[str, Path]) -> Iterator[BentoProcess]:
-    "The Bento at work, with a user, a reviewer and an admin; the settings name another bundle, and that does not count."
-    with BentoProcess(home, tmp_path_factory.mktemp("served"), Path("nowhere"), TAG=packed[0], RAKUTEN_MODEL_URI="models:/none@champion") as running:
+def served(
+    tmp_path_factory: pytest.TempPathFactory, home: dict[str, str], packed: tuple[str, Path],
+) -> Iterator[BentoProcess]:
+    "The served Bento with three users; the settings name another model, which has no effect."
+    settings = {"TAG": packed[0], "RAKUTEN_MODEL_URI": "models:/none@champion"}
+    with BentoProcess(home, tmp_path_factory.mktemp("served"), Path("nowhere"), **settings) as running:
         running.add_users(**USERS)
         yield running
 
 @pytest.fixture(scope="module")
 def marie(served: BentoProcess) -> dict[str, str]:
-    "The header of an ordinary user."
+    "The header of a user."
     return served.token("marie")
 
-def problem(answer: httpx.Response, status: int) -> dict[str, Any]:
-    "The document of an answer that says no."
-    assert answer.status_code == status and answer.headers["content-type"] == "application/problem+json", answer.text
-    document: dict[str, Any] = answer.json()
-    assert document["request_id"] == answer.headers["x-request-id"]
+def problem(response: httpx.Response, status: int) -> dict[str, Any]:
+    "The problem document of a response."
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json", response.text
+    document: dict[str, Any] = response.json()
+    assert document["request_id"] == response.headers["x-request-id"]
     return document
 
-def refusal(home: dict[str, str], where: Path, what: str, **settings: str) -> str:
-    "The one line with which `bentoml serve` ends."
-    where.mkdir()
-    answer = subprocess.run([BENTOML, "serve", what, "--port", "1"], env=home | settings, cwd=where, capture_output=True, text=True, timeout=60, check=False)
-    assert answer.returncode == 1 and len(answer.stderr.strip().splitlines()) == 1, answer.stderr
-    return answer.stderr
+def without_id(document: dict[str, Any]) -> dict[str, Any]:
+    "A response without its request id."
+    return {name: value for name, value in document.items() if name != "request_id"}
 
-# --- the same answers
+def refusal(home: dict[str, str], folder: Path, bento: str, **settings: str) -> str:
+    "The one line with which `bentoml serve` refuses to start in a folder."
+    folder.mkdir()
+    command = [BENTOML, "serve", bento, "--port", "1"]
+    options: dict[str, Any] = {"env": home | settings, "cwd": folder, "capture_output": True, "text": True}
+    run = subprocess.run(command, timeout=60, check=False, **options)
+    assert run.returncode == 1 and len(run.stderr.strip().splitlines()) == 1, run.stderr
+    return run.stderr
 
-def test_it_answers_as_the_bundle_and_the_api_do(served: BentoProcess, api: ApiProcess, marie: dict[str, str], sample_catalog: Path, bundle: Path) -> None:
-    assert served.client.get("/status").json()["version"] == VERSION, "the package of the Bento, not the installed one"
+# --- the same responses
+
+def test_predicts_and_explains_as_the_bundle_and_the_api(
+    served: BentoProcess, api: ApiProcess, marie: dict[str, str], sample_catalog: Path, bundle: Path,
+) -> None:
+    version = served.client.get("/status").json()["version"]
+    assert version == VERSION, "the package of the Bento, not the installed one"
     products: Products = read_catalog(sample_catalog).products[:12]
     expected, token = load_bundle(bundle).predict(products), api.token()
-    assert served.client.get("/model", headers=marie).json()["metrics"] == api.client.get("/model", headers=token).json()["metrics"]
+    both = ((served, marie), (api, token))
+    bento_model, api_model = (process.client.get("/model", headers=header).json() for process, header in both)
+    assert bento_model["metrics"] == api_model["metrics"]
     for i, own in enumerate(expected):
         raw = None if products.picture[i] is None else picture_bytes(products.picture[i])
-        asked = products.title[i], products.description[i], raw
-        said, other = (one.predict(header, *asked, explain="true").json() for one, header in ((served, marie), (api, token)))
-        first = said["predictions"][0]
+        product = products.title[i], products.description[i], raw
+        of_bento, of_api = (process.predict(header, *product, explain="true").json() for process, header in both)
+        first = of_bento["predictions"][0]
         assert first["label"] == own.prdtypecode and abs(first["confidence"] - own.confidence) < 1e-5
-        for answer in (said, other): answer.pop("request_id")
-        assert said == other, "the same JSON, explanation and all"
+        assert without_id(of_bento) == without_id(of_api), "the same JSON, with the explanation"
 
-def test_it_says_no_as_the_api_does(served: BentoProcess, api: ApiProcess, marie: dict[str, str]) -> None:
+def test_refuses_with_the_problem_documents_of_the_api(
+    served: BentoProcess, api: ApiProcess, marie: dict[str, str],
+) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (2200, 2200, 3), np.uint8)
     Image.fromarray(noise).save(large := BytesIO(), "PNG")
     token = api.token()
@@ -125,69 +143,77 @@ def test_it_says_no_as_the_api_does(served: BentoProcess, api: ApiProcess, marie
         415: lambda one, header: one.client.post("/predict", json={"designation": "Jeu"}, headers=header),
         422: lambda one, header: one.predict(header, "Jeu", picture=b"Bonjour"),
     }.items():
-        ours, theirs = (ask(one, header) for one, header in ((served, marie), (api, token)))
-        said, other = problem(ours, status), problem(theirs, status)
-        assert {k: v for k, v in said.items() if k != "request_id"} == {k: v for k, v in other.items() if k != "request_id"}
-        assert ours.headers.keys() - {"date"} == theirs.headers.keys() - {"date", "server"}, "the same headers, but for the server's name"
+        of_bento, of_api = (ask(process, header) for process, header in ((served, marie), (api, token)))
+        assert without_id(problem(of_bento, status)) == without_id(problem(of_api, status))
+        assert of_bento.headers.keys() - {"date"} == of_api.headers.keys() - {"date", "server"}
 
-def test_every_address_is_the_apis_but_three(served: BentoProcess, api: ApiProcess) -> None:
+def test_every_address_is_the_api_except_the_probes(served: BentoProcess, api: ApiProcess) -> None:
     for path in ("/livez", "/healthz", "/readyz"):
-        answer = served.client.get(path)
-        assert answer.status_code == 200 and answer.text.strip() == "", "they tell nothing"
-    for path in ("/", "/docs.json", "/schema.json", "/static_content/swagger-ui.css", "/assets/x", "/task/status"): problem(served.client.get(path), 404)
+        response = served.client.get(path)
+        assert response.status_code == 200 and response.text.strip() == ""
+    for path in ("/", "/docs.json", "/schema.json", "/static_content/swagger-ui.css", "/assets/x", "/task/status"):
+        problem(served.client.get(path), 404)
     assert served.client.get("/openapi.json").json()["paths"] == api.client.get("/openapi.json").json()["paths"]
-    told = served.client.get("/metrics").text
-    assert "rakuten_model_info" in told and "bentoml" not in told
+    metrics = served.client.get("/metrics").text
+    assert "rakuten_model_info" in metrics and "bentoml" not in metrics
     assert "Warning" not in served.terminal(), served.terminal()
 
-def test_the_limit_is_the_apis(tmp_path: Path, home: dict[str, str], packed: tuple[str, Path]) -> None:
-    with BentoProcess(home, tmp_path / "own", Path("nowhere"), TAG=str(packed[1]), RAKUTEN_RATE_LIMIT_PREDICT="3/minute") as own: # by its folder, too
+def test_limits_requests_and_ends_cleanly(tmp_path: Path, home: dict[str, str], packed: tuple[str, Path]) -> None:
+    settings = {"TAG": str(packed[1]), "RAKUTEN_RATE_LIMIT_PREDICT": "3/minute"} # the folder instead of the tag
+    with BentoProcess(home, tmp_path / "own", Path("nowhere"), **settings) as own:
         own.add_users(marie="user")
         header = own.token("marie")
-        answers = [own.predict(header, f"Jeu {n}") for n in range(5)]
-        assert [a.status_code for a in answers] == [200] * 3 + [429] * 2
-        assert [a.headers["ratelimit-remaining"] for a in answers[:3]] == ["2", "1", "0"]
-        assert problem(answers[-1], 429) and 1 <= int(answers[-1].headers["retry-after"]) <= 60
+        responses = [own.predict(header, f"Jeu {n}") for n in range(5)]
+        assert [r.status_code for r in responses] == [200] * 3 + [429] * 2
+        assert [r.headers["ratelimit-remaining"] for r in responses[:3]] == ["2", "1", "0"]
+        assert problem(responses[-1], 429) and 1 <= int(responses[-1].headers["retry-after"]) <= 60
         assert own.process and len(own.served) == 1, "one process serves"
-        assert not (packed[1] / "src" / "data").exists() and (own.home / "data" / "rakuten.sqlite").exists(), "what it keeps lies outside the Bento"
+        assert not (packed[1] / "src" / "data").exists(), "nothing is written into the Bento"
+        assert (own.home / "data" / "rakuten.sqlite").exists()
         began = time.monotonic()
         assert own.stop(signal.SIGTERM) == 0 and time.monotonic() - began < 15
-        assert not any(map(alive, own.served)), "it leaves nobody behind"
+        assert not any(map(alive, own.served)), "no process remains"
 
-def test_nobody_else_may_give_orders(served: BentoProcess) -> None:
+def test_listens_on_no_other_port(served: BentoProcess) -> None:
     assert served.process
-    ours: set[str] = set()
+    sockets: set[str] = set()
     for pid in (served.process.pid, *served.served):
         for fd in Path(f"/proc/{pid}/fd").iterdir():
-            with suppress(OSError): ours.add(str(fd.readlink()))
-    rows = [line.split() for name in ("tcp", "tcp6") if (table := Path(f"/proc/net/{name}")).exists() for line in table.read_text().splitlines()[1:]]
-    listens = {int(row[1].rpartition(":")[2], 16) for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in ours}
-    assert listens == {served.port}
+            with suppress(OSError): sockets.add(str(fd.readlink()))
+    tables = [table for name in ("tcp", "tcp6") if (table := Path(f"/proc/net/{name}")).exists()]
+    rows = [line.split() for table in tables for line in table.read_text().splitlines()[1:]]
+    listening = [row for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets]
+    assert {int(row[1].rpartition(":")[2], 16) for row in listening} == {served.port}
 
-# --- what it does not serve
+# --- refused starts
 
-def test_without_a_key_it_refuses_in_one_line(tmp_path: Path, home: dict[str, str], packed: tuple[str, Path]) -> None:
+def test_refuses_to_start_without_a_key(tmp_path: Path, home: dict[str, str], packed: tuple[str, Path]) -> None:
     assert "SECRET_KEY: expected 32 random bytes or more" in refusal(home, tmp_path / "there", packed[0])
 
-def test_a_bundle_that_was_tampered_with_is_not_served(tmp_path: Path, home: dict[str, str], packed: tuple[str, Path]) -> None:
+def test_refuses_to_serve_a_changed_bundle(tmp_path: Path, home: dict[str, str], packed: tuple[str, Path]) -> None:
     copy = Path(shutil.copytree(packed[1], tmp_path / "bento"))
     graph = next((copy / "src" / "models" / "bundle").rglob("*.onnx"))
     raw = bytearray(graph.read_bytes())
     raw[len(raw) // 2] ^= 1
     graph.write_bytes(raw)
-    said = refusal(home, tmp_path / "there", str(copy), SECRET_KEY=KEY)
-    assert graph.relative_to(copy).as_posix() in said and "differs from what was saved" in said
+    line = refusal(home, tmp_path / "there", str(copy), SECRET_KEY=KEY)
+    assert graph.relative_to(copy).as_posix() in line and "differs from what was saved" in line
 
-# --- what is in it
+# --- content
 
-def test_no_secret_and_no_pickle_is_packed(packed: tuple[str, Path]) -> None:
+def test_packs_no_secret_and_no_pickle(packed: tuple[str, Path]) -> None:
     files = [p for p in packed[1].rglob("*") if p.is_file() and "__pycache__" not in p.parts]
     assert len(files) > 50 and not any(KEY.encode() in p.read_bytes() for p in files)
-    assert [p.name for p in files if p.name.startswith(".env") or p.suffix in (".pkl", ".pickle", ".joblib", ".sqlite")] == []
+    forbidden = (".pkl", ".pickle", ".joblib", ".sqlite")
+    assert [p.name for p in files if p.name.startswith(".env") or p.suffix in forbidden] == []
 
-def test_the_command_builds_what_bentoml_build_does(home: dict[str, str], packed: tuple[str, Path], bundle: Path) -> None:
+def test_the_command_packs_what_bentoml_build_packs(
+    home: dict[str, str], packed: tuple[str, Path], bundle: Path,
+) -> None:
     with pytest.MonkeyPatch.context() as m:
         m.setenv("BENTOML_HOME", home["BENTOML_HOME"])
         assert build_bento(bundle, "mine", ROOT) == "rakuten-nb:mine"
-    contents = lambda folder: {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    def contents(folder: Path) -> set[str]:
+        files = (p for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+        return {p.relative_to(folder).as_posix() for p in files}
     assert contents(packed[1].with_name("mine")) == contents(packed[1])

@@ -16,7 +16,7 @@ from api_process import ApiProcess
 from rakuten_nb.data.catalog import Products, make_products, read_catalog
 from rakuten_nb.data.clean import clean_text
 from rakuten_nb.data.picture import picture_bytes
-from rakuten_nb.evaluation.explain import Explanation, explain, explanation_text, strongest_words
+from rakuten_nb.evaluation.explain import Explanation, explain, explanation_text, strongest_tokens
 from rakuten_nb.models.bundle import COLUMNS, Bundle, fingerprints, load_bundle
 from rakuten_nb.models.experts import Expert, expert_class
 from rakuten_nb.models.fusion import Fusion, Pattern
@@ -49,13 +49,13 @@ def parts(e: Explanation) -> float:
 # --- the accounts are right
 
 def test_words_and_biases_are_the_log_probabilities(model: Bundle, products: Products) -> None:
-    exact = [e for e in of_modality(model, "text") if e.word_evidence("piscine", "")]
+    exact = [e for e in of_modality(model, "text") if e.token_evidence("piscine", "")]
     assert exact, "the linear expert tells exactly"
     for expert in exact:
         logs = lambda title, description, expert=expert: np.log(expert.head(expert.embed(make_products([title], [description])))[0].astype(float))
         biases = logs("", "")
         for title, description in [*zip(products.title, products.description, strict=True), (EVIL, ""), ("", "mot " * 3000), ("Été² " * 9, "l'ÉTÉ, été!")]:
-            found = expert.word_evidence(title, description)
+            found = expert.token_evidence(title, description)
             assert found is not None
             gap = found[1].sum(0) - (logs(title, description) - biases)
             assert np.ptp(gap) < 1e-4, "but for what is the same for all types"
@@ -83,7 +83,7 @@ def test_an_expert_that_cannot_tell_is_asked_again(model: Bundle, products: Prod
     silent = {}
     for name, expert in model.experts.items():
         class Silent(type(expert)): # type: ignore[misc]
-            def word_evidence(self, title: str, description: str) -> None: return None
+            def token_evidence(self, title: str, description: str) -> None: return None
             def regions(self, raw: bytes) -> None: return None
         silent[name] = Silent.__new__(Silent)
         silent[name].__dict__ = expert.__dict__
@@ -101,7 +101,7 @@ def test_without_the_decisive_word_the_answer_is_less_likely(model: Bundle, prod
     fell = []
     for row in np.flatnonzero(products.title != ""):
         e = explain(model, only_text(products, row))
-        word = max(strongest_words(e, 999), key=lambda pair: pair[1])[0]
+        word = max(strongest_tokens(e, 999), key=lambda pair: pair[1])[0]
         plain = lambda w: re.sub(r"^\W+|\W+$", "", w)
         keep = lambda text, word=word, plain=plain: " ".join(w for w in clean_text(text).split() if plain(w) != word)
         left = make_products([keep(products.title[row]) or "?"], [keep(products.description[row])])
@@ -133,7 +133,7 @@ def test_few_classes_are_enough() -> None:
     e = explain(Bundle({name: expert}, fusion, .5, {}, fingerprints(few)), make_products(["Piscine bleue"]), codes[0])
     assert e.prdtypecode == 2583 and e.against == codes[0]
     assert abs(sum(x.contrast for x in e.experts) + e.bias.contrast - np.log(e.confidence / e.other)) < 1e-4
-    assert strongest_words(e)[0][0] == "piscine" and strongest_words(e)[0][1] > 0
+    assert strongest_tokens(e)[0][0] == "piscine" and strongest_tokens(e)[0][1] > 0
 
 # --- and harmless
 
@@ -216,6 +216,6 @@ def test_the_document_tells_of_it(api: ApiProcess) -> None:
     for path in ("/predict", "/predict_code"):
         field = document["paths"][path]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]["properties"]["explain"]
         assert set(field["enum"]) == {"true", "1", "false", "0"}
-    answer = document["components"]["schemas"]["Answer"]
+    answer = document["components"]["schemas"]["PredictionResponse"]
     assert "explanation" in answer["properties"] and "explanation" not in answer["required"]
-    assert set(Explanation().to_dict()) == set(document["components"]["schemas"]["ExplanationResponse"]["properties"])
+    assert set(Explanation().to_dict()) == set(document["components"]["schemas"]["Explanation"]["properties"])

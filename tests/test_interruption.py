@@ -41,7 +41,7 @@ run()
 
 TRAIN = { # moment → the function that is entered, for the how many-th time
     "reading": ("rakuten_nb.data.catalog:bad_pictures", 1),
-    "embedding pictures": ("rakuten_nb.models.image:EmbeddingCache.put", 1),
+    "embedding pictures": ("rakuten_nb.models.embedding_cache:EmbeddingCache.put", 1),
     "learning the third fold": ("rakuten_nb.models.text_linear:fit_logistic", 3),
     "half the bundle written": ("rakuten_nb.models.image:save_state", 1),
     "the bundle written, not yet in place": ("rakuten_nb.models.bundle:bundle_meta", 1),

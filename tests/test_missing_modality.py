@@ -14,7 +14,7 @@ from conftest import Run
 from rakuten_nb.data.sample import make_sample
 from rakuten_nb.metrics import weighted_f1
 from rakuten_nb.models.fusion import fit_fusion
-from rakuten_nb.models.workspace import load_judgement
+from rakuten_nb.models.workspace import load_out_of_fold
 
 MARGIN = 0.01
 CLASSES = 27
@@ -33,7 +33,7 @@ def uniform_if_blind(probs: Probs, sees: Probs) -> Probs:
 @pytest.fixture(scope="module")
 def said(trained: Path) -> tuple[np.ndarray, Probs, Probs]: # y, probabilities, who sees
     "Out-of-fold probabilities of the experts of the shared bundle."
-    j = load_judgement(trained / "judgement")
+    j = load_out_of_fold(trained / "out_of_fold")
     rows = j.rows("out_of_fold")
     sees = {e: s[rows] & ~np.isnan(j.probs[e][rows, 0]) for e, s in j.sees.items()}
     return j.y[rows], uniform_if_blind({e: p[rows] for e, p in j.probs.items()}, sees), sees

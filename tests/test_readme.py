@@ -1,4 +1,4 @@
-"The README is the index notebook, its links lead somewhere, and the commands it names exist."
+"The README equals the index notebook, links are valid, and the named commands exist."
 import importlib.util
 import json
 import re
@@ -22,50 +22,53 @@ def tool() -> ModuleType:
     return module
 
 def pages() -> dict[str, tuple[Path, str]]:
-    "Everything with links in it: the README and the Markdown of each notebook, with the folder its links start from."
-    found = {"README.md": (ROOT, README.read_text(encoding="utf-8"))}
+    "The README and the Markdown of each notebook, with the folder that their links are relative to."
+    texts = {"README.md": (ROOT, README.read_text(encoding="utf-8"))}
     for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
         if ".ipynb_checkpoints" in path.parts: continue
-        source = ["".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown"]
-        found[path.relative_to(ROOT).as_posix()] = (path.parent, "\n\n".join(source))
-    return found
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        source = ["".join(c["source"]) for c in cells if c["cell_type"] == "markdown"]
+        texts[path.relative_to(ROOT).as_posix()] = (path.parent, "\n\n".join(source))
+    return texts
 
 PAGES = pages()
 
 def links(text: str) -> list[str]:
-    "The links of a page into this repository."
+    "The links of a page to files of this repository."
     prose = re.sub(r"`[^`\n]*`", "", FENCE.sub("", text))
     return [target.split("#")[0] for target in LINK.findall(prose) if not ELSEWHERE.match(target)]
 
-def spoken(text: str) -> str:
-    "What a page has in code: fences and back-ticks."
+def code(text: str) -> str:
+    "The code of a page: fences and back-ticks."
     return "\n".join([*FENCE.findall(text), *re.findall(r"`([^`\n]+)`", FENCE.sub("", text))])
 
-def test_the_readme_is_the_index() -> None:
+def test_the_readme_equals_the_index() -> None:
     assert README.read_text(encoding="utf-8") == tool().render(), "run `make readme`"
 
-def test_the_writer_of_the_readme() -> None:
-    text = tool().from_root("::: {.callout-tip}\nread *on*\n:::\n\n[a](10_a.ipynb) ![b](../b.svg#x) [c](https://c.d) [e](#e)")
+def test_callouts_and_links_are_rewritten_for_github() -> None:
+    page = "::: {.callout-tip}\nread *on*\n:::\n\n[a](10_a.ipynb) ![b](../b.svg#x) [c](https://c.d) [e](#e)"
+    text = tool().from_root(page)
     assert text == "> [!TIP]\n> read *on*\n\n[a](nbs/10_a.ipynb) ![b](b.svg#x) [c](https://c.d) [e](#e)"
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_lead_to_a_file(page: str) -> None:
+def test_links_point_to_files(page: str) -> None:
     folder, text = PAGES[page]
     assert [target for target in links(text) if not (folder / target).exists()] == []
 
 @pytest.mark.parametrize("page", PAGES)
-def test_pages_link_to_notebooks_and_not_to_what_is_made_of_them(page: str) -> None:
+def test_pages_link_to_notebooks_not_to_generated_pages(page: str) -> None:
     assert [target for target in links(PAGES[page][1]) if target.endswith((".html", ".qmd"))] == []
 
-def test_every_make_target_named_exists() -> None:
+def test_named_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
-    named = {target for _, text in PAGES.values() for target in re.findall(r"^\s*make ([a-z][a-z-]*)", spoken(text), re.M)}
+    make = re.compile(r"^\s*make ([a-z][a-z-]*)", re.M)
+    named = {target for _, text in PAGES.values() for target in make.findall(code(text))}
     assert {"demo", "test"} <= named <= targets, named - targets
 
-def test_every_command_named_exists() -> None:
+def test_named_commands_exist() -> None:
     from typer.main import get_command
 
     from rakuten_nb.cli import app
-    known = set(getattr(get_command(app), "commands", {}))
-    named = set(re.findall(r"\brakuten-nb ([a-z][a-z-]*)", spoken(PAGES["README.md"][1])))
-    assert named <= known, named - known
+    commands = set(getattr(get_command(app), "commands", {}))
+    named = set(re.findall(r"\brakuten-nb ([a-z][a-z-]*)", code(PAGES["README.md"][1])))
+    assert named <= commands, named - commands

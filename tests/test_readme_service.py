@@ -1,4 +1,4 @@
-"The lines of the README that talk to the service work as they are printed."
+"The commands of the README that call the service work as printed."
 import csv
 import json
 import re
@@ -13,63 +13,69 @@ from conftest import ROOT, needs
 BLOCKS = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
 HERE = "http://127.0.0.1:8000"
 
-def lines_with(words: str) -> str:
-    "The block with these words in it."
-    (block,) = [b for b in BLOCKS if words in b]
+def block_with(text: str) -> str:
+    "The one block of commands that contains a text."
+    (block,) = [b for b in BLOCKS if text in b]
     return str(block)
 
-def type_in(lines: str, api: ApiProcess, home: Path, catalog: Path) -> subprocess.CompletedProcess[str]:
-    "Type lines where `make demo` has left what they need."
+def run_lines(lines: str, api: ApiProcess, home: Path, catalog: Path) -> subprocess.CompletedProcess[str]:
+    "Run commands in a folder with the files of `make demo`."
     (home / "data").mkdir(parents=True)
     (home / ".venv").symlink_to(ROOT / ".venv")
     (home / "data/raw").symlink_to(catalog)
     script = f"set -euo pipefail\n{lines.replace(HERE, api.url)}"
-    answer = subprocess.run(["bash", "-c", script], cwd=home, env=api.env, capture_output=True, text=True, check=False)
-    assert answer.returncode == 0, answer.stderr
-    return answer
+    run = subprocess.run(["bash", "-c", script], cwd=home, env=api.env, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return run
 
-def documents(said: str) -> list[dict[str, Any]]:
-    "The JSON objects among what was printed."
-    found: list[dict[str, Any]] = []
-    while "{" in said:
-        said = said[said.index("{") :]
-        document, end = json.JSONDecoder().raw_decode(said)
-        found.append(document)
-        said = said[end:]
-    return found
+def json_objects(text: str) -> list[dict[str, Any]]:
+    "The JSON objects in the output of commands."
+    objects: list[dict[str, Any]] = []
+    while "{" in text:
+        text = text[text.index("{") :]
+        document, end = json.JSONDecoder().raw_decode(text)
+        objects.append(document)
+        text = text[end:]
+    return objects
 
 @pytest.mark.services
 @needs("curl")
-def test_the_curl_lines_work_as_printed(own_api: ApiProcess, sample_catalog: Path, tmp_path: Path) -> None:
-    lines = lines_with(f"curl -s {HERE}/predict")
+def test_the_curl_commands_predict_a_product(own_api: ApiProcess, sample_catalog: Path, tmp_path: Path) -> None:
+    lines = block_with(f"curl -s {HERE}/predict")
     assert [f"{HERE}/{route}" in lines for route in ("token", "predict ", "predict_code")] == [True] * 3
     own_api.start()
-    answer = type_in(lines, own_api, tmp_path / "project", sample_catalog)
-    both = documents(answer.stdout)
+    run = run_lines(lines, own_api, tmp_path / "project", sample_catalog)
+    both = json_objects(run.stdout)
     assert [set(d["experts"]) for d in both] == [{"text_linear", "image"}, {"text_linear"}]
     assert both[0]["predictions"][0]["label"] == 2583, "a pool"
-    assert KEY not in answer.stdout + answer.stderr
+    assert KEY not in run.stdout + run.stderr
 
 @pytest.mark.services
 @needs("curl")
-def test_a_file_of_products_is_sent_as_printed(own_api: ApiProcess, sample_catalog: Path, tmp_path: Path) -> None:
-    sent, asked, fetched = lines_with("/jobs/$JOB").split("\n\n")
+def test_the_job_commands_classify_a_file(own_api: ApiProcess, sample_catalog: Path, tmp_path: Path) -> None:
+    send, ask, fetch = block_with("/jobs/$JOB").split("\n\n")
     own_api.env["RAKUTEN_EMBEDDED_WORKER"] = "true" # as `make serve` has it
     own_api.start()
-    wait = f"until ({asked}\n) | grep -q succeeded; do sleep 0.2; done"
-    type_in("\n".join((lines_with(f"curl -s {HERE}/predict"), sent, asked, wait, fetched)), own_api, home := tmp_path / "project", sample_catalog)
-    said, asked_for = (list(csv.reader(f.open(encoding="utf-8"))) for f in (home / "predictions.csv", sample_catalog / "X_test_update.csv"))
-    assert said[0][:3] == ["productid", "imageid", "prdtypecode"] and [row[0] for row in said[1:]] == [row[3] for row in asked_for[1:]]
+    wait = f"until ({ask}\n) | grep -q succeeded; do sleep 0.2; done"
+    lines = "\n".join((block_with(f"curl -s {HERE}/predict"), send, ask, wait, fetch))
+    run_lines(lines, own_api, home := tmp_path / "project", sample_catalog)
+    files = (home / "predictions.csv", sample_catalog / "X_test_update.csv")
+    predictions, products = (list(csv.reader(f.open(encoding="utf-8"))) for f in files)
+    assert predictions[0][:3] == ["productid", "imageid", "prdtypecode"]
+    assert [row[0] for row in predictions[1:]] == [row[3] for row in products[1:]]
 
 @pytest.mark.services
 @needs("curl")
-def test_a_doubtful_product_is_reviewed_as_printed(own_api: ApiProcess, sample_catalog: Path, tmp_path: Path) -> None:
+def test_the_review_commands_label_a_product(own_api: ApiProcess, sample_catalog: Path, tmp_path: Path) -> None:
     own_api.start()
-    once_more = "sleep 1.5" # the log of predictions may be a second behind, whoever types is slower than that
-    lines = "\n".join((lines_with(f"curl -s {HERE}/predict"), once_more, lines_with("/review?limit=3")))
-    said = documents(type_in(lines, own_api, home := tmp_path / "project", sample_catalog).stdout)
-    (page,), (word,) = ([d for d in said if key in d] for key in ("waiting", "reviewed"))
-    assert {i["title"] for i in page["items"]} == {"Lot de cartes Pokémon", "Piscine hors sol ronde"} and page["waiting"] == 2
-    assert word["user"] == "rose" and word["prdtypecode"] == 1160 and word["reviewed"] and word["request_id"] == "lot-1"
-    exported, before = (len((folder / "Y_train_CVw08PX.csv").read_text(encoding="utf-8").splitlines()) for folder in (home / "reviewed", sample_catalog))
+    pause = "sleep 1.5" # predictions are written within a second; a person types more slowly
+    lines = "\n".join((block_with(f"curl -s {HERE}/predict"), pause, block_with("/review?limit=3")))
+    documents = json_objects(run_lines(lines, own_api, home := tmp_path / "project", sample_catalog).stdout)
+    (page,), (feedback,) = ([d for d in documents if key in d] for key in ("waiting", "reviewed"))
+    assert {item["title"] for item in page["items"]} == {"Lot de cartes Pokémon", "Piscine hors sol ronde"}
+    assert page["waiting"] == 2
+    assert feedback["user"] == "rose" and feedback["prdtypecode"] == 1160 and feedback["reviewed"]
+    assert feedback["request_id"] == "lot-1"
+    labels = (folder / "Y_train_CVw08PX.csv" for folder in (home / "reviewed", sample_catalog))
+    exported, before = (len(path.read_text(encoding="utf-8").splitlines()) for path in labels)
     assert exported == before + 1

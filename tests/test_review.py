@@ -242,8 +242,8 @@ def test_live_accuracy_is_counted_by_model_with_its_interval(api: ApiProcess, wh
     def told() -> dict[str, float]:
         families = text_string_to_metric_families(api.client.get("/metrics").text)
         labels = ({"model_version": answer["model_version"], "answers": "doubtful"}, {})
-        return {s.name: s.value for f in families for s in f.samples if s.labels in labels and s.name.startswith(("rakuten_live", "rakuten_review"))}
-    wanted = {"rakuten_live_feedback": after["n"], "rakuten_live_accuracy": after["accuracy"], "rakuten_live_accuracy_low": after["low"],
+        return {s.name: s.value for f in families for s in f.samples if s.labels in labels and s.name.startswith(("rakuten_feedback", "rakuten_live", "rakuten_review"))}
+    wanted = {"rakuten_feedback_predictions": after["n"], "rakuten_live_accuracy": after["accuracy"], "rakuten_live_accuracy_low": after["low"],
               "rakuten_live_accuracy_high": after["high"], "rakuten_review_waiting": queue(api, who["rose"])["waiting"]}
     until(lambda: {name: told().get(name) for name in wanted} == {name: pytest.approx(value) for name, value in wanted.items()}, 10)
 
@@ -289,7 +289,7 @@ def test_a_product_a_request_and_a_user_are_forgotten(api: ApiProcess, who: dict
     assert not left & {first["request_id"], second["request_id"]}
     problem(say(api, who["marie"], OTHER, request_id=first["request_id"]), 404)
     nothing = command(api, "store", "erase", "--product", "forget-1", "--yes")
-    assert nothing.returncode == 2 and nothing.stderr.strip() == "error: product forget-1: nothing is known of it"
+    assert nothing.returncode == 2 and nothing.stderr.strip() == "error: product forget-1: not found in the store, nor in any job"
     api.add_users(gone="user")
     gone = api.token("gone")
     third = asked(api, gone, STRANGE.format("of somebody who leaves"))
@@ -327,9 +327,9 @@ def test_a_picture_that_finds_no_place_costs_no_answer(full: bool, env: dict[str
         assert api.process
         if full: resource.prlimit(api.process.pid, resource.RLIMIT_FSIZE, (2**21, resource.RLIM_INFINITY)) # as much as the disk takes of a file
         answer = asked(api, marie, STRANGE.format("no place"), noise)
-        until(lambda: "rakuten_products_unkept_total 1.0" in api.client.get("/metrics").text)
+        until(lambda: "rakuten_products_not_retained_total 1.0" in api.client.get("/metrics").text)
         assert say(api, rose, 10, request_id=answer["request_id"]).json()["kept"] is False
-        assert "a product could not be kept" in api.log() and "Zorblax" not in api.log() and "Traceback" not in api.terminal()
+        assert "a product could not be retained" in api.log() and "Zorblax" not in api.log() and "Traceback" not in api.terminal()
         after = asked(api, marie, STRANGE.format("without a picture"))
         assert waits(api, rose, after["request_id"])["title"] == STRANGE.format("without a picture"), "and what comes later is kept"
 
@@ -372,7 +372,7 @@ def test_the_life_of_a_doubtful_product(database: str, request: pytest.FixtureRe
     assert new.labelled.productid[-1] == "31415926" and new.labelled.picture[-1].read_bytes() == picture
     assert (new.labelled.label[:-1] == old.labelled.label).all(), "gold has its old label"
     with (out / "left_out.csv").open(encoding="utf-8") as f: reasons = [line["reason"] for line in csv.DictReader(f)]
-    assert sorted(reasons) == ["gold: models are judged by it", "near duplicate of a gold product"]
+    assert sorted(reasons) == ["gold: models are evaluated on it", "near duplicate of a gold product"]
     # trained on
     trained = rakuten("train", out, "--bundle", tmp_path / "bundle", "--experts", "text_linear")
     assert trained.returncode == 0, trained.stderr

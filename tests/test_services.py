@@ -1,4 +1,4 @@
-"Two API processes beside one PostgreSQL and one Redis, as replicas are; and what happens when one of these goes away."
+"Two API processes that share one PostgreSQL and one Redis; what happens when one of these servers is unavailable."
 import json
 import shutil
 import time
@@ -14,231 +14,257 @@ import sqlalchemy as sa
 from api_process import PASSWORD, ApiProcess
 from conftest import needs_postgres, needs_redis
 
-from rakuten_nb.serving.tokens import hash_password
-from rakuten_nb.store.database import add_user, change_user, open_store, predictions
+from rakuten_nb.store.users import hash_password
+from rakuten_nb.store.database import open_store, predictions
+from rakuten_nb.store.users import add_user, change_user
 
 if TYPE_CHECKING:
     from servers import Postgres, RedisServer
 
 pytestmark = [pytest.mark.services, needs_postgres, needs_redis]
 
-HANG = 10.0 # seconds in which every answer comes, whatever is away
-FOLLOW = 15.0 # seconds in which every process follows
+MAX_SECONDS = 10.0 # for any response, whichever server is unavailable
+FOLLOW_SECONDS = 15.0 # within which every process loads a requested model
 PROBLEM_JSON = "application/problem+json"
 
 @dataclass
 class Pair:
-    "Two processes and what they share."
+    "Two API processes and the servers that they share."
     both: tuple[ApiProcess, ApiProcess]
     bundle: Path
     postgres: "Postgres"
     redis: "RedisServer"
     users: int = 0
 
-    def user(self, role: str = "user") -> str:
-        "Somebody new, whose limit nobody has used."
+    def add_user(self, role: str = "user") -> str:
+        "Add a user, whose limits are unused; returns the name."
         self.users += 1
-        self.both[0].add_users(**{(name := f"somebody-{self.users}"): role})
+        name = f"user-{self.users}"
+        self.both[0].add_users(**{name: role})
         return name
 
-    def newcomer(self, role: str = "user") -> dict[str, str]:
-        "The header of somebody new."
-        return self.both[self.users % 2].token(self.user(role))
+    def new_header(self, role: str = "user") -> dict[str, str]:
+        "The authorization header of a new user."
+        return self.both[self.users % 2].token(self.add_user(role))
 
-    def ask(self, header: dict[str, str], times: int) -> list[httpx.Response]:
-        "Predictions, asked of the one and the other in turn; none hangs."
-        found = []
+    def predict(self, header: dict[str, str], times: int) -> list[httpx.Response]:
+        "Responses to predictions, sent to the two processes in turn; each arrives in time."
+        responses = []
         for n in range(times):
             began = time.monotonic()
-            found.append(self.both[n % 2].predict(header, f"Jeu {n}"))
-            assert time.monotonic() - began < HANG
-        return found
+            responses.append(self.both[n % 2].predict(header, f"Jeu {n}"))
+            assert time.monotonic() - began < MAX_SECONDS
+        return responses
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory, env: dict[str, str], bundle: Path, postgres_server: "Postgres",
          redis_server: "RedisServer") -> Iterator[Pair]:
-    "Both, with a data folder each, one bundle, one empty database; started at once."
+    "Two processes with a data folder each, one bundle and one empty database, started at the same time."
     home = tmp_path_factory.mktemp("pair")
-    shared = {"RAKUTEN_DATABASE_URL": postgres_server.new_database(), "RAKUTEN_REDIS_URL": redis_server.url, "RAKUTEN_RATE_LIMIT_PREDICT": "5/minute"}
-    place = Path(shutil.copytree(bundle, home / "bundle"))
-    first, second = (ApiProcess(env, home / name, place, **shared) for name in ("first", "second"))
+    shared = {"RAKUTEN_DATABASE_URL": postgres_server.new_database(), "RAKUTEN_REDIS_URL": redis_server.url,
+              "RAKUTEN_RATE_LIMIT_PREDICT": "5/minute"}
+    folder = Path(shutil.copytree(bundle, home / "bundle"))
+    first, second = (ApiProcess(env, home / name, folder, **shared) for name in ("first", "second"))
     try:
-        for one in (first, second): one.start(wait=False)
-        for one in (first, second): one.wait_until("/ready", {200})
-        yield Pair((first, second), place, postgres_server, redis_server)
+        for api in (first, second): api.start(wait=False)
+        for api in (first, second): api.wait_until("/ready", {200})
+        yield Pair((first, second), folder, postgres_server, redis_server)
     finally:
-        for one in (first, second): one.__exit__()
+        for api in (first, second): api.__exit__()
 
-def statuses(answers: list[httpx.Response]) -> list[int]:
-    "What they were; those that say no are problem documents."
-    for answer in answers:
-        if answer.status_code != 200: assert answer.headers["content-type"] == PROBLEM_JSON and answer.json()["status"] == answer.status_code
-    return [answer.status_code for answer in answers]
+def statuses(responses: list[httpx.Response]) -> list[int]:
+    "The statuses of responses; all errors must be problem documents."
+    for response in responses:
+        if response.status_code == 200: continue
+        assert response.headers["content-type"] == PROBLEM_JSON and response.json()["status"] == response.status_code
+    return [response.status_code for response in responses]
 
-def until(what: Callable[[], object], within: float) -> bool:
-    "Whether something becomes true in time."
+def until(condition: Callable[[], object], within: float) -> bool:
+    "Whether a condition becomes true in time."
     deadline = time.monotonic() + within
-    while not (true := what()) and time.monotonic() < deadline: time.sleep(0.2)
-    return bool(true)
+    while not (result := condition()) and time.monotonic() < deadline: time.sleep(0.2)
+    return bool(result)
 
-def warnings(api: ApiProcess, word: str) -> int:
-    "How often the log warns of something."
+def warnings(api: ApiProcess, text: str) -> int:
+    "The number of warnings and errors in the log that contain a text."
     lines = [json.loads(line) for line in api.log().splitlines()]
-    return sum(line["level"] in ("WARNING", "ERROR") and word in line["message"] for line in lines)
+    return sum(line["level"] in ("WARNING", "ERROR") and text in line["message"] for line in lines)
 
-def written(pair: Pair, ids: list[str]) -> list[str]:
-    "Those of the predictions that are in the store."
+def stored(pair: Pair, ids: list[str]) -> list[str]:
+    "The ids of those predictions that are in the store."
     store = open_store(pair.both[0].database_url)
+    query = sa.select(predictions.c.request_id).where(predictions.c.request_id.in_(ids))
     try:
-        with store.reading() as c: return list(c.execute(sa.select(predictions.c.request_id).where(predictions.c.request_id.in_(ids))).scalars())
+        with store.reading() as c: return list(c.execute(query).scalars())
     finally: store.close()
 
-# --- two that start
+# --- start
 
-def test_two_that_start_at_once_on_an_empty_database_both_come_up(tmp_path: Path, env: dict[str, str], bundle: Path, postgres_server: "Postgres") -> None:
-    for n in range(3):
+def test_two_processes_start_at_once_on_an_empty_database(tmp_path: Path, env: dict[str, str], bundle: Path,
+                                                          postgres_server: "Postgres") -> None:
+    for n in range(2):
         url = postgres_server.new_database()
-        crowd = [ApiProcess(env, tmp_path / f"{n}-{k}", bundle, RAKUTEN_DATABASE_URL=url) for k in range(2)]
+        processes = [ApiProcess(env, tmp_path / f"{n}-{k}", bundle, RAKUTEN_DATABASE_URL=url) for k in range(2)]
         try:
-            for one in crowd: one.start(wait=False)
-            for one in crowd: one.wait_until("/ready", {200})
+            for api in processes: api.start(wait=False)
+            for api in processes: api.wait_until("/ready", {200})
         finally:
-            for one in crowd: one.__exit__()
+            for api in processes: api.__exit__()
 
-# --- what they share
+# --- shared state
 
-def test_they_share_one_limit(pair: Pair) -> None:
-    header = pair.newcomer()
-    answers = pair.ask(header, 8)
-    assert statuses(answers) == [200] * 5 + [429] * 3
-    assert [a.headers["ratelimit-remaining"] for a in answers[:5]] == ["4", "3", "2", "1", "0"]
-    assert all(1 <= int(a.headers["retry-after"]) <= 60 for a in answers[5:])
-    assert statuses(pair.ask(pair.newcomer(), 2)) == [200, 200], "others are not held up"
+def test_processes_share_the_rate_limit(pair: Pair) -> None:
+    responses = pair.predict(pair.new_header(), 8)
+    assert statuses(responses) == [200] * 5 + [429] * 3
+    assert [r.headers["ratelimit-remaining"] for r in responses[:5]] == ["4", "3", "2", "1", "0"]
+    assert all(1 <= int(r.headers["retry-after"]) <= 60 for r in responses[5:])
+    assert statuses(pair.predict(pair.new_header(), 2)) == [200, 200], "another user has a limit of their own"
 
-def test_they_share_one_throttle_of_log_ins(pair: Pair) -> None:
-    name = pair.user()
-    def guess(n: int, password: str = "wrong") -> int:
-        return pair.both[n % 2].client.post("/token", data={"username": name, "password": password}).status_code
-    assert [guess(n) for n in range(7)] == [401] * 5 + [429] * 2
-    assert [guess(n, PASSWORD) for n in range(2)] == [429] * 2
-    assert pair.newcomer()
+def test_processes_share_the_count_of_failed_logins(pair: Pair) -> None:
+    name = pair.add_user()
+    def log_in(n: int, password: str = "wrong") -> int:
+        form = {"username": name, "password": password}
+        return pair.both[n % 2].client.post("/token", data=form).status_code
+    assert [log_in(n) for n in range(7)] == [401] * 5 + [429] * 2
+    assert [log_in(n, PASSWORD) for n in range(2)] == [429] * 2
+    assert pair.new_header()
 
-def test_they_share_users_and_tokens(pair: Pair) -> None:
+def test_processes_share_users_and_tokens(pair: Pair) -> None:
     first, second = pair.both
-    name = pair.user()
+    name = pair.add_user()
     header = first.token(name)
     assert statuses([first.predict(header, "Jeu"), second.predict(header, "Jeu")]) == [200, 200]
     store = first.store()
     change_user(store, name, disabled=True)
-    refused = lambda: [one.client.get("/model", headers=header).status_code for one in pair.both] == [401, 401]
-    assert until(refused, FOLLOW), "a disabled user is out everywhere"
-    change_user(store, name, disabled=False, password_hash=hash_password("another password, as good", rounds=4))
+    refused = lambda: [api.client.get("/model", headers=header).status_code for api in pair.both] == [401, 401]
+    assert until(refused, FOLLOW_SECONDS), "both processes refuse a disabled user"
+    password = "another password, as good"
+    change_user(store, name, disabled=False, password_hash=hash_password(password, rounds=4))
     store.close()
-    for one in pair.both:
-        assert one.client.post("/token", data={"username": name, "password": PASSWORD}).status_code == 401
-        assert one.client.post("/token", data={"username": name, "password": "another password, as good"}).status_code == 200
+    for api in pair.both:
+        for secret, status in ((PASSWORD, 401), (password, 200)):
+            assert api.client.post("/token", data={"username": name, "password": secret}).status_code == status
 
-def reloaded(pair: Pair, asked_of: ApiProcess, admin: dict[str, str]) -> list[dict[str, Any]]:
-    "What `GET /model` says at both once both have followed a request of one."
-    asked = asked_of.client.post("/model/reload", headers=admin)
-    assert asked.status_code == 202
-    news: list[dict[str, Any]] = []
-    def followed() -> bool:
-        news[:] = [one.client.get("/model", headers=admin).json() for one in pair.both]
-        return all(n["request"] == asked.json()["request"] and len(n["followed"]) == 2 for n in news)
-    assert until(followed, FOLLOW), news
-    return news
+def reloaded(pair: Pair, api: ApiProcess, admin: dict[str, str]) -> list[dict[str, Any]]:
+    "Request a reload at one process; returns `GET /model` of both once both have handled it."
+    response = api.client.post("/model/reload", headers=admin)
+    assert response.status_code == 202
+    models: list[dict[str, Any]] = []
+    def handled() -> bool:
+        models[:] = [one.client.get("/model", headers=admin).json() for one in pair.both]
+        return all(m["request"] == response.json()["request"] and len(m["followed"]) == 2 for m in models)
+    assert until(handled, FOLLOW_SECONDS), models
+    return models
 
-def test_they_follow_one_request_for_another_model(pair: Pair, sample_catalog: Path, rakuten: Any, tmp_path: Path) -> None:
-    admin, (first, second) = pair.newcomer("admin"), pair.both
-    before = {one.client.get("/status").json()["model_version"] for one in pair.both}
-    made = rakuten("train", sample_catalog, "--bundle", tmp_path / "bundle", "--experts", "text_linear")
-    assert made.returncode == 0, made.stderr
+def test_processes_load_a_requested_model(pair: Pair, sample_catalog: Path, rakuten: Any, tmp_path: Path) -> None:
+    admin, (first, second) = pair.new_header("admin"), pair.both
+    before = {api.client.get("/status").json()["model_version"] for api in pair.both}
+    run = rakuten("train", sample_catalog, "--bundle", tmp_path / "bundle", "--experts", "text_linear")
+    assert run.returncode == 0, run.stderr
     old = pair.bundle.rename(pair.bundle.with_name("old"))
     shutil.copytree(tmp_path / "bundle", pair.bundle)
-    news = reloaded(pair, first, admin)
-    (now,) = {n["model_version"] for n in news}
-    assert len(before) == 1 and now not in before
-    for n in news:
-        assert {f["model_version"] for f in n["followed"]} == {now} and not any(f["error"] for f in n["followed"]) and not n["error"]
-        assert len({f["process"] for f in n["followed"]}) == 2 and n["experts"] == ["text_linear"]
-    for one in pair.both: assert one.predict(admin, "Jeu").json()["model_version"] == now
+    models = reloaded(pair, first, admin)
+    (version,) = {m["model_version"] for m in models}
+    assert len(before) == 1 and version not in before
+    for m in models:
+        assert {f["model_version"] for f in m["followed"]} == {version} and not any(f["error"] for f in m["followed"])
+        assert not m["error"] and len({f["process"] for f in m["followed"]}) == 2 and m["experts"] == ["text_linear"]
+    for api in pair.both: assert api.predict(admin, "Jeu").json()["model_version"] == version
     shutil.rmtree(pair.bundle)
     old.rename(pair.bundle)
-    assert {n["model_version"] for n in reloaded(pair, second, admin)} == before, "and back, asked of the other"
+    assert {m["model_version"] for m in reloaded(pair, second, admin)} == before, "the second process loads it again"
 
-# --- Redis goes away
+# --- Redis is unavailable
 
-def goes_and_comes_back(pair: Pair, away: Any) -> None:
-    "Without Redis each process counts for itself; with it, both count together again."
-    header, warned = pair.newcomer(), [warnings(one, "Redis is away") for one in pair.both]
-    with away:
-        assert statuses(pair.ask(header, 12)) == [200] * 10 + [429] * 2, "five of each"
-        assert [warnings(one, "Redis is away") for one in pair.both] > warned
-        for one in pair.both:
-            assert one.client.get("/health").status_code == one.client.get("/ready").status_code == 200
-            assert one.client.post("/token", data={"username": "nobody-at-all", "password": "wrong"}).status_code == 401
-    def together() -> bool:
-        return sorted(statuses(pair.ask(pair.newcomer(), 6))) == [200] * 5 + [429]
-    assert until(together, 15), "they count together again"
+def check_without_redis(pair: Pair, outage: Any) -> None:
+    "Without Redis each process counts its own limits; afterwards both count together again."
+    header = pair.new_header()
+    count_warnings = lambda: [warnings(api, "Redis is unavailable") for api in pair.both]
+    before = count_warnings()
+    with outage:
+        assert statuses(pair.predict(header, 12)) == [200] * 10 + [429] * 2, "five in each process"
+        assert count_warnings() > before
+        for api in pair.both:
+            assert api.client.get("/health").status_code == api.client.get("/ready").status_code == 200
+            wrong = {"username": "unknown-user", "password": "wrong"}
+            assert api.client.post("/token", data=wrong).status_code == 401
+    def counted_together() -> bool:
+        return sorted(statuses(pair.predict(pair.new_header(), 6))) == [200] * 5 + [429]
+    assert until(counted_together, 15), "both count together again"
 
-def test_redis_is_stopped(pair: Pair) -> None:
-    goes_and_comes_back(pair, pair.redis.stopped())
+def test_limits_hold_while_redis_is_stopped(pair: Pair) -> None:
+    check_without_redis(pair, pair.redis.stopped())
 
-def test_redis_is_frozen(pair: Pair) -> None:
-    goes_and_comes_back(pair, pair.redis.frozen())
+def test_limits_hold_while_redis_is_frozen(pair: Pair) -> None:
+    check_without_redis(pair, pair.redis.frozen())
 
-# --- PostgreSQL goes away
+# --- PostgreSQL is unavailable
 
-def test_postgresql_is_stopped(pair: Pair) -> None:
-    until_away(pair, pair.postgres.stopped())
+def timely(method: str, api: ApiProcess, path: str, **options: Any) -> httpx.Response:
+    "A response that arrives in time."
+    began = time.monotonic()
+    response = api.client.request(method, path, **options)
+    assert time.monotonic() - began < MAX_SECONDS, path
+    return response
 
-def test_postgresql_is_frozen(pair: Pair) -> None:
-    until_away(pair, pair.postgres.frozen())
+def predict_during_outage(pair: Pair, headers: list[dict[str, str]]) -> list[str]:
+    "Predict for 12 seconds; returns the request ids of the predictions. The first succeeds, the last is refused."
+    ids, codes = [], []
+    for n in range(24):
+        api, form = pair.both[n % 2], {"designation": f"Piscine {n}"}
+        response = timely("POST", api, "/predict", headers=headers[n // 2 % 4], data=form)
+        codes.append(response.status_code)
+        if response.status_code == 200: ids.append(response.json()["request_id"])
+        else: assert statuses([response])[0] in (429, 503)
+        if response.status_code == 503: assert response.headers["retry-after"]
+        assert timely("GET", api, "/health").status_code == timely("GET", api, "/metrics").status_code == 200
+        time.sleep(0.5)
+    assert codes[0] == 200 and codes[-1] == 503, codes
+    return ids
 
-def until_away(pair: Pair, away: Any) -> None:
-    "Who is known is served for some seconds, then told to wait; nothing hangs or breaks, and what was predicted is written afterwards."
-    known, name, ids = [pair.newcomer("admin") for _ in range(4)], pair.user(), []
-    for header in known: assert statuses(pair.ask(header, 2)) == [200, 200], "each process knows them"
-    with ThreadPoolExecutor(12) as crowd: # so that each has idle connections, which it will take for good ones
-        for one in pair.both: assert {a.status_code for a in crowd.map(lambda _, one=one: one.client.get("/model", headers=known[0]), range(60))} == {200}
-    def timely(method: str, one: ApiProcess, path: str, **options: Any) -> httpx.Response:
-        began = time.monotonic()
-        answer = one.client.request(method, path, **options)
-        assert time.monotonic() - began < HANG, path
-        return answer
-    with away:
-        found = []
-        for n in range(24):
-            answer = timely("POST", pair.both[n % 2], "/predict", headers=known[n // 2 % 4], data={"designation": f"Piscine {n}"})
-            found.append(answer.status_code)
-            if answer.status_code == 200: ids.append(answer.json()["request_id"])
-            else: assert statuses([answer])[0] in (429, 503)
-            if answer.status_code == 503: assert answer.headers["retry-after"]
-            assert timely("GET", pair.both[n % 2], "/health").status_code == timely("GET", pair.both[n % 2], "/metrics").status_code == 200
-            time.sleep(0.5)
-        assert found[0] == 200 and found[-1] == 503, found
-        for one in pair.both:
-            for method, path, options in (("POST", "/token", {"data": {"username": name, "password": PASSWORD}}), ("GET", "/model", {"headers": known[0]}),
-                                          ("POST", "/model/reload", {"headers": known[0]})):
-                assert statuses([timely(method, one, path, **options)]) == [503], path
-            assert one.client.get("/ready").status_code == 200
-    def works() -> bool:
-        answers = [one.client.post("/token", data={"username": name, "password": PASSWORD}) for one in pair.both]
-        return [a.status_code for a in answers] == [200, 200]
-    assert until(works, 15)
-    assert statuses(pair.ask(pair.newcomer(), 2)) == [200, 200]
-    assert ids and until(lambda: sorted(written(pair, ids)) == sorted(ids), 15), "what was predicted meanwhile is written, once"
-    assert all("an error of ours" not in one.log() and "Traceback" not in one.terminal() and pair.postgres.password not in one.log() for one in pair.both)
+def check_without_postgres(pair: Pair, outage: Any) -> None:
+    """Cached users are served for some seconds, then they get 503. No request hangs, and the predictions of the
+    outage are stored afterwards."""
+    headers, name = [pair.new_header("admin") for _ in range(4)], pair.add_user()
+    for header in headers: assert statuses(pair.predict(header, 2)) == [200, 200], "each process caches the user"
+    with ThreadPoolExecutor(12) as clients: # opens connections that the pool believes to be good during the outage
+        for api in pair.both:
+            codes = clients.map(lambda _, api=api: api.client.get("/model", headers=headers[0]).status_code, range(60))
+            assert set(codes) == {200}
+    form = {"username": name, "password": PASSWORD}
+    with outage:
+        ids = predict_during_outage(pair, headers)
+        for api in pair.both:
+            admin = {"headers": headers[0]}
+            for method, path, options in (("POST", "/token", {"data": form}), ("GET", "/model", admin),
+                                          ("POST", "/model/reload", admin)):
+                assert statuses([timely(method, api, path, **options)]) == [503], path
+            assert api.client.get("/ready").status_code == 200
+    def recovered() -> bool:
+        return [api.client.post("/token", data=form).status_code for api in pair.both] == [200, 200]
+    assert until(recovered, 15)
+    assert statuses(pair.predict(pair.new_header(), 2)) == [200, 200]
+    assert ids and until(lambda: sorted(stored(pair, ids)) == sorted(ids), 15), "each prediction is stored once"
+    for api in pair.both:
+        assert "internal error" not in api.log() and "Traceback" not in api.terminal()
+        assert pair.postgres.password not in api.log()
 
-def test_they_do_not_start_without_postgresql(tmp_path: Path, env: dict[str, str], bundle: Path, postgres_server: "Postgres") -> None:
+def test_requests_do_not_hang_while_postgresql_is_stopped(pair: Pair) -> None:
+    check_without_postgres(pair, pair.postgres.stopped())
+
+def test_requests_do_not_hang_while_postgresql_is_frozen(pair: Pair) -> None:
+    check_without_postgres(pair, pair.postgres.frozen())
+
+def test_the_api_does_not_start_without_postgresql(tmp_path: Path, env: dict[str, str], bundle: Path,
+                                                   postgres_server: "Postgres") -> None:
     url = postgres_server.url("nowhere", "hush-hush-7")
     api = ApiProcess(env, tmp_path / "api", bundle, RAKUTEN_DATABASE_URL=url).start(wait=False)
     assert api.process and api.process.wait(60) != 0
-    assert "hush-hush-7" not in api.terminal() and "Traceback" not in api.terminal() and "database postgresql" in api.terminal()
+    assert "hush-hush-7" not in api.terminal() and "Traceback" not in api.terminal()
+    assert "database postgresql" in api.terminal()
 
-def test_a_user_added_beside_them_is_known_to_both(pair: Pair) -> None:
+def test_a_user_added_to_the_store_may_log_in_at_both(pair: Pair) -> None:
     store = open_store(pair.both[1].database_url)
     add_user(store, "added.beside", hash_password(PASSWORD, rounds=4))
     store.close()
-    for one in pair.both: assert one.client.get("/model", headers=one.token("added.beside")).status_code == 200
+    for api in pair.both: assert api.client.get("/model", headers=api.token("added.beside")).status_code == 200

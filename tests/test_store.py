@@ -1,4 +1,5 @@
-"The store says the same on SQLite and on PostgreSQL, also to many at once and when the database comes and goes."
+"The store behaves the same on SQLite and PostgreSQL: concurrent use, outages, stores of earlier releases."
+import json
 import sqlite3
 import subprocess
 import sys
@@ -11,32 +12,33 @@ from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import old_store
 import pytest
 import sqlalchemy as sa
 from api_process import free_port
 from conftest import needs_postgres
 
+from rakuten_nb.config import Settings
+from rakuten_nb.data.catalog import read_catalog
 from rakuten_nb.errors import InputError, RakutenError
-from rakuten_nb.store.feedback import count_waiting
-from rakuten_nb.store.jobs import job_numbers
-from rakuten_nb.store.prediction_log import PredictionLog
-from rakuten_nb.store.database import (
-    ADDED,
-    SCHEMA,
-    Store,
-    StoreUnavailable,
-    add_predictions,
-    add_user,
-    ask_for_model,
-    change_user,
-    find_user,
-    last_model_request,
-    list_users,
-    model_news,
-    open_store,
-    predictions,
-    report_model,
+from rakuten_nb.store import migrations
+from rakuten_nb.store.database import SCHEMA, Store, StoreUnavailable, open_store, predictions, tables
+from rakuten_nb.store.feedback import (
+    add_feedback,
+    count_queued,
+    find_feedback,
+    find_prediction,
+    find_queued,
+    live_accuracy,
 )
+from rakuten_nb.store.job_files import answers_path, job_folder, read_chunk
+from rakuten_nb.store.jobs import claim_chunk, find_jobs, finish_chunk, job_counts, read_results
+from rakuten_nb.store.model_requests import find_model_reports, last_model_request, report_model, request_model
+from rakuten_nb.store.prediction_log import PredictionLog, add_predictions
+from rakuten_nb.store.products import picture_path
+from rakuten_nb.store.retention import store_contents
+from rakuten_nb.store.review_export import export_reviewed
+from rakuten_nb.store.users import add_user, change_user, check_password, find_user, list_users
 
 if TYPE_CHECKING:
     from servers import Postgres
@@ -48,12 +50,12 @@ PARIS = timezone(timedelta(hours=1), "Paris in winter")
 class Database:
     "An empty database of one of the two kinds."
     url: str
-    another: Callable[[], str] # the URL of one more
-    away: Callable[[], AbstractContextManager[None]] # nobody can write to it meanwhile
+    new_url: Callable[[], str] # the URL of another empty database
+    unavailable: Callable[[], AbstractContextManager[None]] # writes fail meanwhile
 
 @contextmanager
-def held(path: Path) -> Iterator[None]:
-    "Somebody else writes to an SQLite file, and takes long."
+def locked(path: Path) -> Iterator[None]:
+    "Another process holds the lock of an SQLite file."
     connection = sqlite3.connect(path, isolation_level=None)
     connection.execute("BEGIN EXCLUSIVE")
     try: yield
@@ -61,13 +63,13 @@ def held(path: Path) -> Iterator[None]:
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=[pytest.mark.services, needs_postgres])])
 def database(request: pytest.FixtureRequest, tmp_path: Path) -> Database:
-    "The same tests for both."
+    "Both kinds of database; most tests run on each."
     if request.param == "postgresql":
         server: Postgres = request.getfixturevalue("postgres_server")
         return Database(server.new_database(), server.new_database, server.stopped)
     numbers = iter(range(1000))
-    another = lambda: f"sqlite:///{tmp_path}/{next(numbers)}/store.sqlite"
-    return Database(f"sqlite:///{tmp_path}/store.sqlite", another, lambda: held(tmp_path / "store.sqlite"))
+    new_url = lambda: f"sqlite:///{tmp_path}/{next(numbers)}/store.sqlite"
+    return Database(f"sqlite:///{tmp_path}/store.sqlite", new_url, lambda: locked(tmp_path / "store.sqlite"))
 
 @pytest.fixture
 def store(database: Database) -> Iterator[Store]:
@@ -79,164 +81,300 @@ def store(database: Database) -> Iterator[Store]:
 def row(number: int = 0, **changes: Any) -> dict[str, Any]:
     "A prediction."
     at = datetime(2024, 2, 29, 12, 0, 0, 123456, tzinfo=UTC)
-    return {"request_id": f"r{number}", "at": at, "user": "marie", "product_id": "4711", "prdtypecode": 2583, "confidence": 0.1 + 0.2,
-            "needs_review": False, "top5": [[2583, 0.75], [10, 0.25]], "experts": {"text_linear": 1.0}, "model_version": "0123456789ab",
-            "variant": "champion", "profile": [1.0, 2.5, 0.0, 1e-300, 12345678.9, 0.0, 1.0, 3.0]} | changes
+    return {"request_id": f"r{number}", "at": at, "user": "marie", "product_id": "4711", "prdtypecode": 2583,
+            "confidence": 0.1 + 0.2, "needs_review": False, "top5": [[2583, 0.75], [10, 0.25]],
+            "experts": {"text_linear": 1.0}, "model_version": "0123456789ab", "variant": "champion",
+            "profile": [1.0, 2.5, 0.0, 1e-300, 12345678.9, 0.0, 1.0, 3.0]} | changes
 
-def everything(store: Store) -> list[dict[str, Any]]:
-    "All predictions, in the order in which they were written."
-    with store.reading() as c: return [dict(r) for r in c.execute(sa.select(predictions).order_by(predictions.c.id)).mappings()]
+def rows_of(store: Store, table: sa.Table) -> list[dict[str, Any]]:
+    "All rows of a table, ordered by primary key."
+    query = sa.select(table).order_by(*table.primary_key)
+    with store.reading() as c: return [dict(r) for r in c.execute(query).mappings()]
 
-def appear(store: Store, count: int, within: float = 20) -> list[str]:
-    "The ids of the predictions, as soon as there are so many."
+def request_ids(store: Store) -> list[str]:
+    "The request ids of all predictions, in the order in which they were written."
+    return [r["request_id"] for r in rows_of(store, predictions)]
+
+def wait_for_predictions(store: Store, count: int, within: float = 20) -> list[str]:
+    "The request ids of all predictions, as soon as there are so many."
     deadline = time.monotonic() + within
-    while len(found := everything(store)) < count and time.monotonic() < deadline: time.sleep(0.05)
-    return [r["request_id"] for r in found]
+    while len(ids := request_ids(store)) < count and time.monotonic() < deadline: time.sleep(0.05)
+    return ids
 
-# --- making it
+def together(tasks: list[Callable[[], None]]) -> None:
+    "Run tasks in threads at the same time; raises the first error."
+    errors: list[BaseException] = []
+    def run(task: Callable[[], None]) -> None:
+        try: task()
+        except BaseException as e: errors.append(e)
+    threads = [threading.Thread(target=run, args=(task,)) for task in tasks]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    if errors: raise errors[0]
 
-MAKE = """
+# --- opening a store
+
+OPEN = """
 import sys
-from rakuten_nb.store.database import add_user, list_users, open_store
+from rakuten_nb.store.database import open_store
+from rakuten_nb.store.users import add_user, list_users
 for url in sys.argv[2:]:
     print("ready", flush=True)
-    sys.stdin.readline() # until the others are too
+    sys.stdin.readline() # until the other processes are ready too
     store = open_store(url)
     add_user(store, sys.argv[1], "x" * 60)
     assert sys.argv[1] in [u.name for u in list_users(store)]
     store.close()
+assert "alembic" not in sys.modules, "a new store needs no migration"
 """
 
-def test_processes_that_make_it_at_once_all_come_up(database: Database, env: dict[str, str]) -> None:
-    urls, names = [database.another() for _ in range(6)], ["marie", "root", "rose"]
-    command, pipes = [sys.executable, "-c", MAKE], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    crowd = [subprocess.Popen([*command, name, *urls], env=env, text=True, **pipes) for name in names] # type: ignore[call-overload]
+def version_rows(store: Store) -> tuple[int, int]:
+    "The number of rows of `store_version`, and the highest version."
+    with store.reading() as c: n, version = c.execute(sa.text("SELECT count(*), max(version) FROM store_version")).one()
+    return n, version
+
+def test_processes_that_open_a_new_store_at_once_all_succeed(database: Database, env: dict[str, str]) -> None:
+    urls, names = [database.new_url() for _ in range(6)], ["marie", "root", "rose"]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    start: Any = lambda name: subprocess.Popen([sys.executable, "-c", OPEN, name, *urls], env=env, text=True, **pipes)
+    processes = [start(name) for name in names]
     for _ in urls:
-        if not all(process.stdout.readline() for process in crowd): break # one has failed, and says why below
-        for process in crowd: process.stdin.write("\n")
-        for process in crowd: process.stdin.flush()
-    said = [process.communicate(timeout=120)[1] for process in crowd]
-    assert [process.returncode for process in crowd] == [0] * 3, said
+        if not all(process.stdout.readline() for process in processes): break # one has failed; its error is shown below
+        for process in processes: process.stdin.write("\n")
+        for process in processes: process.stdin.flush()
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 3, errors
     for url in urls:
         store = open_store(url)
-        assert [u.name for u in list_users(store)] == names
-        with store.reading() as c: assert c.execute(sa.text("SELECT count(*), max(version) FROM store_version")).one() == (1, SCHEMA)
+        assert [u.name for u in list_users(store)] == names and version_rows(store) == (1, SCHEMA)
         store.close()
 
-def test_threads_that_make_it_at_once_all_come_up(database: Database) -> None:
+def test_threads_that_open_a_new_store_at_once_all_succeed(database: Database) -> None:
     for _ in range(5):
-        url, start = database.another(), threading.Barrier(8)
+        url, start = database.new_url(), threading.Barrier(8)
         opened: list[Store] = []
-        def make(url: str = url, opened: list[Store] = opened, start: threading.Barrier = start) -> None:
+        def open_one(url: str = url, opened: list[Store] = opened, start: threading.Barrier = start) -> None:
             start.wait()
             opened.append(open_store(url))
-        together([make] * 8)
+        together([open_one] * 8)
         assert len(opened) == 8 and list_users(opened[0]) == []
         for store in opened: store.close()
 
-def together(what: list[Callable[[], None]]) -> None:
-    "Do several things at once; raises what went wrong with the first that did."
-    wrong: list[BaseException] = []
-    def kept(f: Callable[[], None]) -> None:
-        try: f()
-        except BaseException as e: wrong.append(e)
-    crowd = [threading.Thread(target=kept, args=(f,)) for f in what]
-    for t in crowd: t.start()
-    for t in crowd: t.join()
-    if wrong: raise wrong[0]
-
-def test_opening_it_again_keeps_what_is_there(database: Database, store: Store) -> None:
+def test_opening_a_store_again_keeps_its_rows(database: Database, store: Store) -> None:
     add_user(store, "marie", HASH)
     again = open_store(database.url)
     assert [u.name for u in list_users(again)] == ["marie"]
     again.close()
 
-@pytest.mark.parametrize("found", [0, SCHEMA + 1, 99, None])
-def test_tables_of_another_version_are_refused(database: Database, store: Store, found: int | None) -> None:
-    change = "DELETE FROM store_version" if found is None else f"UPDATE store_version SET version = {found}"
+@pytest.mark.parametrize("version", [0, SCHEMA + 1, 99, None])
+def test_an_unknown_version_is_refused(database: Database, store: Store, version: int | None) -> None:
+    change = "DELETE FROM store_version" if version is None else f"UPDATE store_version SET version = {version}"
     with store.writing() as c: c.execute(sa.text(change))
-    with pytest.raises(InputError, match=f"expected tables of version {SCHEMA}; found {found}"): open_store(database.url)
+    advice = "update rakuten_nb" if version and version > SCHEMA else "Restore a backup"
+    with pytest.raises(InputError, match=f"expected tables of version {SCHEMA}; found {version}. .*{advice}") as e:
+        open_store(database.url)
+    assert "or set RAKUTEN_DATABASE_URL to another database" in one_line(e.value)
 
-def as_version(store: Store, version: int) -> None:
-    "Take away what later versions brought."
-    for added in range(version + 1, SCHEMA + 1):
-        for table in ADDED[added]: table.drop(store.engine)
-    with store.writing() as c:
-        if version < 3: c.execute(sa.text("DROP INDEX ix_predictions_product_id"))
-        c.execute(sa.text(f"UPDATE store_version SET version = {version}"))
-
-@pytest.mark.parametrize("version", range(1, SCHEMA))
-def test_tables_of_an_older_version_get_what_is_missing_and_keep_what_is_there(database: Database, store: Store, version: int) -> None:
-    add_user(store, "marie", HASH)
-    as_version(store, version)
-    opened: list[Store] = []
-    together([lambda: opened.append(open_store(database.url))] * 6)
-    for other in opened: other.close()
-    assert [u.name for u in list_users(store)] == ["marie"] and job_numbers(store)[1] == {"answered": 0, "error": 0} and count_waiting(store) == 0
-    indexes = {name for table in ("predictions", "kept", "feedback") for name in (i["name"] for i in sa.inspect(store.engine).get_indexes(table))}
-    assert {"ix_predictions_product_id", "ix_kept_content", "ix_feedback_prediction"} <= indexes
-    with store.reading() as c: assert c.execute(sa.text("SELECT count(*), max(version) FROM store_version")).one() == (1, SCHEMA)
-
-def test_a_table_of_another_program_in_the_way_of_a_new_one_is_left_alone(database: Database, store: Store) -> None:
-    as_version(store, 1)
-    with store.writing() as c: c.execute(sa.text("CREATE TABLE jobs (theirs INTEGER)"))
-    with pytest.raises(InputError, match="found only jobs"): open_store(database.url)
-    with store.reading() as c: assert c.execute(sa.text("SELECT version FROM store_version")).scalar() == 1
-
-@pytest.mark.parametrize("table", ["users", "predictions", "model_requests", "jobs", "feedback"])
-def test_tables_of_another_program_are_refused_and_left_alone(database: Database, table: str) -> None:
-    url = database.another()
+@pytest.mark.parametrize("table", ["users", "predictions", "model_requests", "jobs", "feedback", "retained_products"])
+def test_tables_of_another_program_are_refused_and_stay(database: Database, table: str) -> None:
+    url = database.new_url()
     if url.startswith("sqlite"): Path(sa.make_url(url).database or "").parent.mkdir()
     theirs = sa.create_engine(url)
     with theirs.begin() as c:
         c.execute(sa.text(f"CREATE TABLE {table} (theirs INTEGER)"))
         c.execute(sa.text("CREATE TABLE else_ (theirs INTEGER)"))
     with pytest.raises(InputError, match=f"found only {table}"): open_store(url)
-    assert sorted(sa.inspect(theirs).get_table_names()) == sorted(["else_", table]), "nothing half-made"
+    assert sorted(sa.inspect(theirs).get_table_names()) == sorted(["else_", table]), "no table was added"
     theirs.dispose()
+
+def test_an_incomplete_store_is_refused_and_stays(database: Database, store: Store) -> None:
+    with store.writing() as c: c.execute(sa.text("DROP TABLE feedback"))
+    with pytest.raises(InputError, match=f"expected all tables of version {SCHEMA}; missing: feedback"):
+        open_store(database.url)
+    assert "feedback" not in sa.inspect(store.engine).get_table_names() and version_rows(store) == (1, SCHEMA)
+
+# --- stores of earlier releases
+
+RENAMED = {"kept": "retained_products"} # table of version 3 → table of version 4
+RENAMED_COLUMNS = {"wanted": "for_review"}
+
+@pytest.fixture
+def carried(database: Database, tmp_path: Path) -> Iterator[Store]:
+    "A store of version 3, opened by this release."
+    old_store.write_old_store(database.url, tmp_path / "data")
+    opened = open_store(database.url)
+    yield opened
+    opened.close()
+
+def schema_of(store: Store) -> dict[str, Any]: # table → columns, keys and indexes
+    "What the database knows about its tables."
+    inspector = sa.inspect(store.engine)
+    def describe(table: str) -> dict[str, Any]:
+        columns = [(c["name"], str(c["type"]), c["nullable"]) for c in inspector.get_columns(table)]
+        indexes = sorted((i["name"], i["column_names"], i["unique"]) for i in inspector.get_indexes(table))
+        unique = sorted(u["column_names"] for u in inspector.get_unique_constraints(table))
+        return {"columns": columns, "indexes": indexes, "unique": unique, "key": inspector.get_pk_constraint(table)}
+    return {table: describe(table) for table in sorted(inspector.get_table_names())}
+
+@pytest.mark.parametrize("version", range(1, SCHEMA))
+def test_a_store_of_an_earlier_version_is_carried_over_with_all_rows(
+        database: Database, tmp_path: Path, version: int) -> None:
+    old = old_store.write_old_store(database.url, tmp_path / "data", version)
+    opened: list[Store] = []
+    together([lambda: opened.append(open_store(database.url))] * 6)
+    store = opened[0]
+    for table, rows in old.items():
+        now = rows_of(store, tables.tables[RENAMED.get(table, table)])
+        expected = [{RENAMED_COLUMNS.get(name, name): value for name, value in row.items()} for row in rows]
+        assert [{name: r[name] for name in e} for r, e in zip(now, expected, strict=True)] == expected, table
+    assert version_rows(store) == (1, SCHEMA)
+    if version == 1: assert job_counts(store)[1] == {"answered": 0, "error": 0} and count_queued(store) == 0
+    for other in opened: other.close()
+
+@pytest.mark.parametrize("version", range(1, SCHEMA))
+def test_a_store_that_was_carried_over_has_the_tables_of_a_new_one(
+        database: Database, tmp_path: Path, version: int) -> None:
+    old_store.write_old_store(database.url, tmp_path / "data", version)
+    carried, new = open_store(database.url), open_store(database.new_url())
+    assert schema_of(carried) == schema_of(new)
+    carried.close()
+    new.close()
+
+def test_users_of_an_earlier_release_log_in(carried: Store) -> None:
+    assert [(u.name, u.role, u.disabled, u.generation) for u in list_users(carried)] == [
+        ("marie", "reviewer", False, 3), ("paul", "user", False, 3), ("rose", "admin", True, 3)]
+    marie = find_user(carried, "marie")
+    assert marie and check_password(old_store.PASSWORD, marie.password_hash)
+    change_user(carried, "marie", disabled=True)
+    add_user(carried, "jean", HASH)
+    assert [u.name for u in list_users(carried) if not u.disabled] == ["jean", "paul"]
+
+def test_the_review_queue_of_an_earlier_release_goes_on(carried: Store, tmp_path: Path) -> None:
+    (item,) = find_queued(carried)
+    assert (item.title, item.prdtypecode, item.confidence, item.user_labels) == (old_store.POOL, 2583, 0.31, [2583])
+    assert picture_path(tmp_path / "data", item.picture).read_bytes() == old_store.PICTURE
+    novel = find_prediction(carried, "paul", request_id="r2")
+    assert novel and novel.retained
+    add_feedback(carried, novel.id, "paul", 1160, False)
+    add_feedback(carried, item.id, "marie", 2583, True)
+    assert [q.title for q in find_queued(carried)] == [old_store.NOVEL]
+
+def test_feedback_of_an_earlier_release_counts(carried: Store) -> None:
+    label = find_feedback(carried, 3, "marie")
+    assert label and (label.prdtypecode, label.reviewer, label.at) == (1302, True, old_store.at(12, 3))
+    assert [(a.answers, a.n, a.right) for a in live_accuracy(carried)] == [("all", 2, 1), ("doubtful", 2, 1)]
+
+def test_reviewed_products_of_an_earlier_release_are_exported(carried: Store, tmp_path: Path) -> None:
+    done = export_reviewed(carried, tmp_path / "data", tmp_path / "out", any_user=True)
+    assert sorted(read_catalog(tmp_path / "out").labelled.title) == sorted([old_store.POOL, old_store.GAME])
+    assert done.left_out == []
+
+def test_jobs_of_an_earlier_release_are_finished(carried: Store, tmp_path: Path) -> None:
+    settings = Settings(rakuten_data_dir=tmp_path / "data")
+    assert [(j.id, j.user, j.status, j.done) for j in find_jobs(carried)] == [
+        (old_store.RUNNING, "marie", "running", 1), (old_store.JOB, "paul", "succeeded", 1)]
+    assert answers_path(settings, old_store.JOB, "csv").read_text() == "productid\n4711\n"
+    claim = claim_chunk(carried, "worker")
+    assert claim and (claim.job, claim.number, claim.first) == (old_store.RUNNING, 1, 1)
+    (product,) = read_chunk(job_folder(settings, claim.job), claim.number)
+    assert (product.productid, product.title, product.description) == ("4712", "Jeu", "en bois")
+    assert finish_chunk(carried, claim, [["4712", "", "1281"]])
+    assert [line[0] for page in read_results(carried, claim.job) for line in page] == ["4711", "4712"]
+
+def test_what_an_earlier_release_retained_expires_by_the_same_rules(carried: Store, tmp_path: Path) -> None:
+    contents = store_contents(carried, Settings(rakuten_data_dir=tmp_path / "data"))
+    assert dict(zip(contents["what"], contents["rows"], strict=True)) == {
+        "predictions": 4, "feedback": 2, "products for review or learning": 2, "other products": 1,
+        "jobs": 2, "users": 3, "pictures": 1}
+
+def test_new_rows_follow_those_of_an_earlier_release(carried: Store) -> None:
+    add_predictions(carried, [row(5)])
+    assert request_ids(carried) == ["r1", "r2", "r3", "r4", "r5"]
+    assert request_model(carried, "rose") == 2 and find_model_reports(carried, 1)[0]["process"] == "host:1"
+
+def test_a_migration_that_fails_leaves_the_store_as_it_was(
+        database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old_store.write_old_store(database.url, tmp_path / "data", 1)
+    def fail(op: object) -> None: raise ZeroDivisionError
+    with monkeypatch.context() as m, pytest.raises(ZeroDivisionError):
+        m.setitem(migrations.MIGRATIONS, SCHEMA, fail)
+        open_store(database.url)
+    engine = sa.create_engine(database.url)
+    assert set(sa.inspect(engine).get_table_names()) == migrations.TABLES[1]
+    engine.dispose()
+    store = open_store(database.url)
+    assert version_rows(store) == (1, SCHEMA) and len(list_users(store)) == 3
+    store.close()
+
+@pytest.mark.parametrize("table", ["jobs", "feedback", "retained_products"])
+def test_a_table_of_another_program_in_the_way_of_a_migration_stays(
+        database: Database, tmp_path: Path, table: str) -> None:
+    old_store.write_old_store(database.url, tmp_path / "data", 1)
+    engine = sa.create_engine(database.url)
+    with engine.begin() as c: c.execute(sa.text(f"CREATE TABLE {table} (theirs INTEGER)"))
+    with pytest.raises(InputError, match=f"expected the tables of version 1; found also {table}") as e:
+        open_store(database.url)
+    assert "rename them" in one_line(e.value)
+    with engine.begin() as c: assert c.execute(sa.text("SELECT version FROM store_version")).scalar() == 1
+    assert [c["name"] for c in sa.inspect(engine).get_columns(table)] == ["theirs"]
+    engine.dispose()
+
+def test_the_script_of_the_old_store_writes_one(tmp_path: Path) -> None:
+    script = Path(old_store.__file__)
+    url = f"sqlite:///{tmp_path}/store.sqlite"
+    subprocess.run([sys.executable, script, url, tmp_path / "data", "2"], check=True, timeout=60)
+    with sqlite3.connect(tmp_path / "store.sqlite") as c:
+        assert c.execute("SELECT version FROM store_version").fetchone() == (2,)
+        assert json.loads(c.execute("SELECT top5 FROM predictions").fetchone()[0]) == [[2583, 0.31], [10, 0.01]]
 
 # --- users
 
 def test_a_user_is_found_as_added(store: Store) -> None:
     before = datetime.now(UTC)
     add_user(store, "marie", HASH, "reviewer")
-    found = find_user(store, "marie")
-    assert found and (found.name, found.password_hash, found.role, found.disabled, found.generation) == ("marie", HASH, "reviewer", False, 0)
-    assert before <= found.created <= datetime.now(UTC) and found.created.tzinfo is UTC
+    user = find_user(store, "marie")
+    assert user and (user.name, user.password_hash, user.role) == ("marie", HASH, "reviewer")
+    assert (user.disabled, user.generation) == (False, 0)
+    assert before <= user.created <= datetime.now(UTC) and user.created.tzinfo is UTC
 
-def test_a_second_user_of_that_name_is_refused(store: Store) -> None:
+def test_a_second_user_of_the_same_name_is_refused(store: Store) -> None:
     add_user(store, "marie", HASH, "admin")
-    with pytest.raises(InputError, match="user marie: there is one already"): add_user(store, "marie", HASH)
+    with pytest.raises(InputError, match="user marie: expected a new name; this user exists"):
+        add_user(store, "marie", HASH)
     assert [(u.name, u.role) for u in list_users(store)] == [("marie", "admin")]
     add_user(store, "Marie", HASH)
-    assert [u.name for u in list_users(store)] == ["Marie", "marie"], "capitals tell names apart, and order is the same everywhere"
+    assert [u.name for u in list_users(store)] == ["Marie", "marie"], "case matters, in the same order everywhere"
 
-def test_of_many_who_add_one_user_one_succeeds(store: Store) -> None:
-    done: list[int] = []
+def test_one_of_many_who_add_the_same_user_succeeds(store: Store) -> None:
+    added: list[int] = []
     def add(n: int) -> None:
         try: add_user(store, "marie", HASH[:-1] + str(n))
         except InputError: return
-        done.append(n)
+        added.append(n)
     together([lambda n=n: add(n) for n in range(8)]) # type: ignore[misc]
-    found = find_user(store, "marie")
-    assert len(done) == 1 and found and found.password_hash.endswith(str(done[0]))
+    user = find_user(store, "marie")
+    assert len(added) == 1 and user and user.password_hash.endswith(str(added[0]))
 
-@pytest.mark.parametrize("name", ["", " ", "a b", "-x", "é", "a" * 65, "a\0b", "a\n", "'; DROP TABLE users; --", "😀", "../x", "%s", ":name"])
-def test_a_strange_name_is_nobodys(store: Store, name: str) -> None:
+STRANGE_NAMES = ["", " ", "a b", "-x", "é", "a" * 65, "a\0b", "a\n", "'; DROP TABLE users; --", "😀", "../x", "%s",
+                 ":name"]
+
+@pytest.mark.parametrize("name", STRANGE_NAMES)
+def test_a_strange_name_is_refused_and_never_found(store: Store, name: str) -> None:
     with pytest.raises(InputError, match="user name"): add_user(store, name, HASH)
     assert find_user(store, name) is None
-    with pytest.raises(InputError, match="there is none"): change_user(store, name, disabled=True)
+    with pytest.raises(InputError, match="not found"): change_user(store, name, disabled=True)
     assert list_users(store) == []
 
 @pytest.mark.parametrize("name", ["a", "A" * 64, "0", "marie@example.org", "x._-@", "null", "select", "table"])
-def test_a_name_within_the_rules_is_taken(store: Store, name: str) -> None:
+def test_a_valid_name_is_accepted(store: Store, name: str) -> None:
     add_user(store, name, HASH)
-    found = find_user(store, name)
-    assert found and found.name == name and find_user(store, name + "x") is None
-    assert find_user(store, f"{name}\0") is None, "and is not found by another that a database might cut short"
+    user = find_user(store, name)
+    assert user and user.name == name and find_user(store, name + "x") is None
+    assert find_user(store, f"{name}\0") is None, "a database could end the text at the NUL"
 
 def test_an_unknown_role_is_refused(store: Store) -> None:
-    with pytest.raises(InputError, match="role: expected user, reviewer, admin; found 'king'"): add_user(store, "marie", HASH, "king")
+    with pytest.raises(InputError, match="role: expected user, reviewer, admin; found 'king'"):
+        add_user(store, "marie", HASH, "king")
     assert list_users(store) == []
 
 def test_each_change_raises_the_generation(store: Store) -> None:
@@ -244,9 +382,10 @@ def test_each_change_raises_the_generation(store: Store) -> None:
     change_user(store, "marie", disabled=True)
     change_user(store, "marie", disabled=False, role="admin")
     marie, rose = list_users(store)
-    assert (marie.disabled, marie.role, marie.generation) == (False, "admin", 2) and (rose.role, rose.generation) == ("user", 0)
+    assert (marie.disabled, marie.role, marie.generation) == (False, "admin", 2)
+    assert (rose.role, rose.generation) == ("user", 0)
     together([lambda: change_user(store, "marie", password_hash=HASH)] * 20)
-    assert list_users(store)[0].generation == 22, "none is lost of many at once"
+    assert list_users(store)[0].generation == 22, "concurrent changes all count"
 
 # --- predictions
 
@@ -256,142 +395,150 @@ def test_a_prediction_comes_back_as_written(store: Store) -> None:
     given = [row(0), row(1, product_id=text, at=at, experts={"é😀": 0.25, "image": 0.75}, top5=[], profile=[]),
              row(2, product_id="", confidence=1e-12, needs_review=True)]
     add_predictions(store, given)
-    found = everything(store)
-    assert [{k: v for k, v in r.items() if k != "id"} for r in found] == given
-    assert [r["id"] for r in found] == [1, 2, 3] and found[1]["at"].utcoffset() == timedelta(0) and found[1]["at"].hour == 22
+    rows = rows_of(store, predictions)
+    assert [{name: value for name, value in r.items() if name != "id"} for r in rows] == given
+    assert [r["id"] for r in rows] == [1, 2, 3]
+    assert rows[1]["at"].utcoffset() == timedelta(0) and rows[1]["at"].hour == 22
 
 def test_predictions_are_written_all_or_none(store: Store) -> None:
     with pytest.raises(sa.exc.IntegrityError): add_predictions(store, [row(0), row(1, product_id=None), row(2)])
-    assert everything(store) == []
+    assert request_ids(store) == []
 
-def test_a_summer_hour_that_comes_twice_stays_two(store: Store) -> None:
+def test_the_hour_that_daylight_saving_repeats_stays_two_hours(store: Store) -> None:
     hours = [datetime(2024, 10, 27, 0, 30, tzinfo=UTC) + timedelta(hours=h) for h in range(3)]
     add_predictions(store, [row(n, at=at) for n, at in enumerate(hours)])
-    assert [r["at"] for r in everything(store)] == hours
+    assert [r["at"] for r in rows_of(store, predictions)] == hours
 
-def test_many_that_write_at_once_lose_nothing(database: Database, store: Store) -> None:
-    other = open_store(database.url) # as another process has it
+def test_concurrent_writers_lose_nothing(database: Database, store: Store) -> None:
+    other = open_store(database.url) # as another process would
     def write(n: int) -> None:
         for i in range(10): add_predictions(other if n % 2 else store, [row(1000 * n + 10 * i + k) for k in range(3)])
         list_users(store)
     together([lambda n=n: write(n) for n in range(12)]) # type: ignore[misc]
     expected = {f"r{1000 * n + 10 * i + k}" for n in range(12) for i in range(10) for k in range(3)}
-    found = everything(store)
-    assert len(found) == 360 and {r["request_id"] for r in found} == expected and len({r["id"] for r in found}) == 360
+    rows = rows_of(store, predictions)
+    assert len(rows) == 360 and {r["request_id"] for r in rows} == expected and len({r["id"] for r in rows}) == 360
     other.close()
 
-def test_a_store_with_no_connection_left_says_so(store: Store) -> None:
+def test_a_store_without_free_connections_says_so(store: Store) -> None:
     began = time.monotonic()
-    with ExitStack() as held, pytest.raises(StoreUnavailable) as e:
-        for _ in range(200): held.enter_context(store.reading())
+    with ExitStack() as open_transactions, pytest.raises(StoreUnavailable) as e:
+        for _ in range(200): open_transactions.enter_context(store.reading())
     assert time.monotonic() - began < 10 and one_line(e.value)
-    assert list_users(store) == [], "and has some again afterwards"
+    assert list_users(store) == [], "afterwards connections are free again"
 
-# --- which model is wanted
+# --- model requests
 
-def test_what_became_of_a_model_request(store: Store) -> None:
-    assert last_model_request(store) == 0 and model_news(store, 1) == []
-    first, second = ask_for_model(store, "root"), ask_for_model(store, "root")
+def test_reports_on_a_model_request_are_found(store: Store) -> None:
+    assert last_model_request(store) == 0 and find_model_reports(store, 1) == []
+    first, second = request_model(store, "root"), request_model(store, "root")
     assert 0 < first < second == last_model_request(store)
     report_model(store, second, "b:2", "0123456789ab")
     report_model(store, second, "a:1", "", "bundle.json: differs 😀")
     report_model(store, first, "a:1", "0123456789ab")
-    news = model_news(store, second)
-    assert [(n["process"], n["model_version"], n["error"]) for n in news] == [("b:2", "0123456789ab", ""), ("a:1", "", "bundle.json: differs 😀")]
-    assert all(n["at"].tzinfo is UTC for n in news) and len(model_news(store, first)) == 1
+    reports = find_model_reports(store, second)
+    assert [(r["process"], r["model_version"], r["error"]) for r in reports] == [
+        ("b:2", "0123456789ab", ""), ("a:1", "", "bundle.json: differs 😀")]
+    assert all(r["at"].tzinfo is UTC for r in reports) and len(find_model_reports(store, first)) == 1
 
-def test_requests_of_many_have_numbers_of_their_own(store: Store) -> None:
+def test_concurrent_requests_have_numbers_of_their_own(store: Store) -> None:
     numbers: list[int] = []
-    together([lambda: numbers.append(ask_for_model(store, "root"))] * 16)
+    together([lambda: numbers.append(request_model(store, "root"))] * 16)
     assert len(set(numbers)) == 16 and max(numbers) == last_model_request(store)
 
-# --- a database that is not there
+# --- an unavailable database
 
 SECRET = "hush-hush-7"
 
 def one_line(error: RakutenError) -> str:
-    "What it says, which is one line without the password."
-    said = str(error)
-    assert said and "\n" not in said and SECRET not in said and "Traceback" not in said
-    return said
+    "The message of an error: one line, without the password."
+    message = str(error)
+    assert message and "\n" not in message and SECRET not in message and "Traceback" not in message
+    return message
 
 @pytest.mark.services
 @needs_postgres
-def test_a_wrong_password_is_said_without_it(postgres_server: "Postgres") -> None:
-    for url in (postgres_server.url("postgres", SECRET), f"postgresql://{postgres_server.user}:{SECRET}@127.0.0.1:{postgres_server.port}/postgres"):
+def test_a_wrong_password_is_reported_without_it(postgres_server: "Postgres") -> None:
+    plain = f"postgresql://{postgres_server.user}:{SECRET}@127.0.0.1:{postgres_server.port}/postgres"
+    for url in (postgres_server.url("postgres", SECRET), plain):
         with pytest.raises(StoreUnavailable) as e: open_store(url)
         assert "password authentication failed" in one_line(e.value)
 
 @pytest.mark.services
 @needs_postgres
-def test_a_password_in_the_query_is_not_said_either(postgres_server: "Postgres") -> None:
-    url = f"postgresql+psycopg://127.0.0.1:{postgres_server.port}/postgres?user={postgres_server.user}&password={SECRET}"
+def test_a_password_in_the_query_is_not_reported_either(postgres_server: "Postgres") -> None:
+    query = f"user={postgres_server.user}&password={SECRET}"
+    url = f"postgresql+psycopg://127.0.0.1:{postgres_server.port}/postgres?{query}"
     with pytest.raises(RakutenError) as e: open_store(url)
     one_line(e.value)
 
 @pytest.mark.services
 @needs_postgres
-def test_a_database_that_there_is_not(postgres_server: "Postgres") -> None:
+def test_a_missing_database_is_named(postgres_server: "Postgres") -> None:
     with pytest.raises(StoreUnavailable) as e: open_store(postgres_server.url("nowhere"))
     assert "nowhere" in one_line(e.value)
 
-def test_a_server_that_is_absent() -> None:
-    with pytest.raises(StoreUnavailable) as e: open_store(f"postgresql+psycopg://rakuten:{SECRET}@127.0.0.1:{free_port()}/rakuten")
-    assert "refused" in one_line(e.value) and "***" in str(e.value)
+def test_a_server_that_does_not_run_is_named() -> None:
+    with pytest.raises(StoreUnavailable) as e:
+        open_store(f"postgresql+psycopg://rakuten:{SECRET}@127.0.0.1:{free_port()}/rakuten")
+    assert "refused" in one_line(e.value) and "postgresql+psycopg://127.0.0.1" in str(e.value)
 
-@pytest.mark.parametrize("url", [f"mysql://u:{SECRET}@h/d", f"oracle+nonsense://u:{SECRET}@h/d", f"rakuten:{SECRET}", "sqlite://", "sqlite:///:memory:", ""])
-def test_a_url_of_something_else_is_refused_without_its_password(url: str) -> None:
+OTHER_URLS = [f"mysql://u:{SECRET}@h/d", f"oracle+nonsense://u:{SECRET}@h/d", f"rakuten:{SECRET}",
+              "sqlite://", "sqlite:///:memory:", ""]
+
+@pytest.mark.parametrize("url", OTHER_URLS)
+def test_the_url_of_another_database_is_refused_without_its_password(url: str) -> None:
     with pytest.raises(InputError) as e: open_store(url)
     assert "RAKUTEN_DATABASE_URL" in one_line(e.value)
 
-def test_a_file_that_is_no_database(tmp_path: Path) -> None:
-    (tmp_path / "store.sqlite").write_text("not a database, but long enough to look like the page of one\n" * 100)
+def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "store.sqlite").write_text("not a database, but as long as a page of one\n" * 100)
     with pytest.raises(StoreUnavailable) as e: open_store(f"sqlite:///{tmp_path}/store.sqlite")
     assert "not a database" in one_line(e.value)
 
 @pytest.mark.services
 @needs_postgres
-def test_reading_and_writing_while_it_is_away_say_so_and_work_afterwards(postgres_server: "Postgres") -> None:
+def test_calls_fail_while_the_server_is_stopped_and_succeed_afterwards(postgres_server: "Postgres") -> None:
     store = open_store(postgres_server.new_database())
     add_user(store, "marie", HASH)
-    tasks: list[Callable[[], Any]] = [lambda: find_user(store, "marie"), lambda: list_users(store), lambda: ask_for_model(store, "root"),
-                                      lambda: add_predictions(store, [row()])]
+    tasks: list[Callable[[], Any]] = [lambda: find_user(store, "marie"), lambda: list_users(store),
+                                      lambda: request_model(store, "root"), lambda: add_predictions(store, [row()])]
     with postgres_server.stopped():
-        for what in tasks:
-            with pytest.raises(StoreUnavailable) as e: what()
+        for task in tasks:
+            with pytest.raises(StoreUnavailable) as e: task()
             assert postgres_server.password not in one_line(e.value)
-    assert find_user(store, "marie") and ask_for_model(store, "root") and everything(store) == []
+    assert find_user(store, "marie") and request_model(store, "root") and request_ids(store) == []
     store.close()
 
-# --- writing behind
+# --- the prediction log
 
-def test_the_journal_waits_for_the_database(database: Database, store: Store) -> None:
+def test_the_prediction_log_waits_for_the_database(database: Database, store: Store) -> None:
     lost: list[int] = []
-    journal = PredictionLog(store, lost.append, every=0.05)
-    journal.add(row(0))
-    assert appear(store, 1) == ["r0"]
-    with database.away():
-        for n in range(1, 1201): # more than go into one batch
-            journal.add(row(n))
+    log = PredictionLog(store, lost.append, every=0.05)
+    log.add(row(0))
+    assert wait_for_predictions(store, 1) == ["r0"]
+    with database.unavailable():
+        for n in range(1, 1201): # more than one batch
+            log.add(row(n))
             if n % 400 == 0: time.sleep(0.3)
-    assert appear(store, 1201) == [f"r{n}" for n in range(1201)] and not lost
-    journal.add(row(9999))
-    journal.close()
-    assert len(everything(store)) == 1202 and not lost, "what was waiting when it ended is written too"
+    assert wait_for_predictions(store, 1201) == [f"r{n}" for n in range(1201)] and not lost
+    log.add(row(9999))
+    log.close()
+    assert len(request_ids(store)) == 1202 and not lost, "the queue is written when the log is closed"
 
-def test_the_journal_tells_what_it_had_to_lose(database: Database, store: Store) -> None:
+def test_the_prediction_log_drops_the_oldest_and_reports_how_many(database: Database, store: Store) -> None:
     lost: list[int] = []
-    with database.away():
-        journal = PredictionLog(store, lost.append, every=3600, keep=10)
-        for n in range(25): journal.add(row(n))
-    journal.close()
-    assert [r["request_id"] for r in everything(store)] == [f"r{n}" for n in range(15, 25)] and sum(lost) == 15, "the oldest go first, and are counted"
+    with database.unavailable():
+        log = PredictionLog(store, lost.append, every=3600, capacity=10)
+        for n in range(25): log.add(row(n))
+    log.close()
+    assert request_ids(store) == [f"r{n}" for n in range(15, 25)] and sum(lost) == 15
 
-def test_what_no_database_takes_does_not_hold_up_the_journal(store: Store) -> None:
+def test_a_row_that_the_database_refuses_does_not_stop_the_prediction_log(store: Store) -> None:
     lost: list[int] = []
-    journal = PredictionLog(store, lost.append, every=0.5)
-    for n, changes in enumerate([{}, {"product_id": None}, {}]): journal.add(row(n, **changes))
-    appear(store, 2, within=3)
-    journal.add(row(3))
-    journal.close()
-    assert [r["request_id"] for r in everything(store)] == ["r0", "r2", "r3"] and lost == [1]
+    log = PredictionLog(store, lost.append, every=0.5)
+    for n, changes in enumerate([{}, {"product_id": None}, {}]): log.add(row(n, **changes))
+    wait_for_predictions(store, 2, within=3)
+    log.add(row(3))
+    log.close()
+    assert request_ids(store) == ["r0", "r2", "r3"] and lost == [1]

@@ -73,13 +73,13 @@ def test_a_training_by_name_is_logged_and_predicts(sample_catalog: Path, rakuten
                      extra={"RAKUTEN_LOG_DIR": str(tmp_path / "logs")})
     assert answer.returncode == 0, answer.stderr
     lines = [json.loads(line) for line in (tmp_path / "logs/train_model_logger.log").read_text().splitlines()]
-    folds = [(line["expert"], line["fold"]) for line in lines if line["message"] in ("fold", "taught")]
+    folds = [(line["expert"], line["fold"]) for line in lines if line["message"] in ("fold", "fit")]
     assert folds == [(name, fold) for name in ("text_linear", "text_ngrams") for fold in ("0", "1", "gold", "final")]
     judged = [line for line in lines if line["message"] == "fold" and line["fold"].isdigit()]
     assert all(0 <= line["weighted_f1"] <= 1 and line["rows"] > 0 and line["seconds"] >= 0 for line in judged)
     epochs = [line for line in lines if line["message"] == "epoch"]
     assert [(line["fold"], line["epoch"]) for line in epochs] == [(fold, epoch) for fold in ("0", "1", "gold", "final") for epoch in (1, 2)]
-    assert ["val_loss" in line for line in epochs] == [True] * 4 + [False] * 4, "gold is judged once, not watched"
+    assert ["val_loss" in line for line in epochs] == [True] * 4 + [False] * 4, "gold is judged once, not validation_data"
     answer = rakuten("predict", tmp_path / "bundle", sample_catalog, "--out", tmp_path / "out.csv", "--split", "test")
     assert answer.returncode == 0, answer.stderr
     with (tmp_path / "out.csv").open(encoding="utf-8", newline="") as f: said = [row["experts"] for row in csv.DictReader(f)]

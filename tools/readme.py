@@ -1,4 +1,4 @@
-"""README.md from nbs/index.ipynb, without Quarto: `tools/readme.py` writes it, `--check` says whether it is as it should be."""
+"""Write README.md from nbs/index.ipynb, without Quarto; `--check` only compares them."""
 import difflib
 import posixpath
 import re
@@ -16,24 +16,25 @@ HIDDEN = re.compile(r"^#\|\s*(hide|default_exp|export|include:\s*false)\b", re.M
 DIRECTIVE = re.compile(r"^#\|.*\n?", re.M)
 
 def from_root(text: str, folder: str = "nbs") -> str:
-    "The Markdown of a page in `folder` with its call-outs as GitHub writes them and its links as seen from the root."
-    text = CALLOUT.sub(lambda m: f"> [!{m[1].upper()}]\n" + "\n".join(f"> {line}".rstrip() for line in m[2].strip().splitlines()), text)
+    "The Markdown of a page in `folder`: call-outs in GitHub's syntax, links relative to the root."
+    quoted = lambda body: "\n".join(f"> {line}".rstrip() for line in body.strip().splitlines())
+    text = CALLOUT.sub(lambda m: f"> [!{m[1].upper()}]\n{quoted(m[2])}", text)
     return LINK.sub(lambda m: m[1] + posixpath.normpath(posixpath.join(folder, m[2])) + m[3], text)
 
 def visible(cell: nbformat.NotebookNode) -> nbformat.NotebookNode | None:
-    "The cell as a reader of the README sees it; nothing where it is hidden."
+    "A cell for the README; None if it is hidden."
     if cell.cell_type == "markdown": cell.source = from_root(cell.source)
     if cell.cell_type != "code": return cell
     if HIDDEN.search(cell.source): return None
     echo = not re.search(r"^#\|\s*echo:\s*false\b", cell.source, re.M)
     cell.source = DIRECTIVE.sub("", cell.source).strip() if echo else ""
     cell.outputs = [o for o in cell.outputs if o.output_type != "stream" or o.name != "stderr"]
-    for output in cell.outputs:  # a table comes as HTML and as Markdown: a pipe table is what GitHub draws
+    for output in cell.outputs:  # of a table, GitHub shows the Markdown
         if "text/markdown" in output.get("data", {}): output.data = {"text/markdown": output.data["text/markdown"]}
     return cell if cell.source or cell.outputs else None
 
 def render(index: Path = INDEX) -> str:
-    "The README that belongs to the notebook `index`."
+    "The README for the notebook `index`."
     nb = nbformat.read(index, as_version=4)
     nb.metadata["language_info"] = {"name": "python"}
     nb.cells = [shown for cell in nb.cells if (shown := visible(cell))]
@@ -43,9 +44,10 @@ def render(index: Path = INDEX) -> str:
     return note + re.sub(r"\n{3,}", "\n\n", body).strip() + "\n"
 
 if __name__ == "__main__":
-    wanted = render()
-    if "--check" not in sys.argv[1:]: README.write_text(wanted, encoding="utf-8")
+    expected = render()
+    if "--check" not in sys.argv[1:]: README.write_text(expected, encoding="utf-8")
     else:
-        found = README.read_text(encoding="utf-8") if README.exists() else ""
-        diff = list(difflib.unified_diff(found.splitlines(), wanted.splitlines(), "README.md", "nbs/index.ipynb", lineterm=""))
-        if diff: sys.exit("\n".join([*diff, "README.md is not what nbs/index.ipynb says: run `make readme`"]))
+        text = README.read_text(encoding="utf-8") if README.exists() else ""
+        names = {"fromfile": "README.md", "tofile": "nbs/index.ipynb", "lineterm": ""}
+        diff = list(difflib.unified_diff(text.splitlines(), expected.splitlines(), **names))
+        if diff: sys.exit("\n".join([*diff, "README.md differs from nbs/index.ipynb: run `make readme`"]))

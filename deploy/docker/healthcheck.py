@@ -1,8 +1,8 @@
-"Leaves with 0 where the service of this container answers 200 on a path; arguments: the path and, if it is not 8000, the port."
+"Exit 0 if the service in this container answers 200. Arguments: path, and port (8000 by default)."
 import http.client
 import sys
 
-# Not urllib, which would ask the proxy of the environment for the container's own address.
+# Not urllib: it would use the proxy of the environment for the container's own address.
 service = http.client.HTTPConnection("127.0.0.1", int((*sys.argv, 8000)[2]), timeout=3)
 try:
     service.request("GET", sys.argv[1])

@@ -269,7 +269,7 @@ def memory(
     params: BehaviourParams,
 ) -> Check:
     "How much better it is on what it has learned from than out of fold."
-    asked = some(products, bundle.knows(products) & seen_as(bundle, products), params.rows)
+    asked = some(products, bundle.was_trained_on(products) & seen_as(bundle, products), params.rows)
     apart = bundle.about.get("metrics", {}).get("out_of_fold", {}).get("fused", {}).get("weighted_f1")
     if not len(asked) or apart is None: return Check("learned by heart", None, params.memory, False, len(asked))
     known = weighted_f1(asked.label, bundle.predict(asked).proba)

@@ -20,7 +20,7 @@ from ..data.catalog import Products
 from ..errors import InputError
 from .experts import Bounds
 from .networks import onnx_file
-from .text_linear import fields
+from .text_linear import text_fields
 from .text_neural import Reader, TextNetwork
 
 # %% ../../nbs/models/35_text_sentence.ipynb #529f6254
@@ -80,9 +80,9 @@ class Vectors(Reader):
     "Numbers that somebody else has made."
     def __init__(self, size: int): self.size = size
 
-    def learn(self, features: np.ndarray) -> np.ndarray: return features # the encoder stays as it is
+    def fit(self, features: np.ndarray) -> np.ndarray: return features # the encoder stays as it is
 
-    def numbers(self, features: np.ndarray) -> np.ndarray: return features # (n, size) float32
+    def encode(self, features: np.ndarray) -> np.ndarray: return features # (n, size) float32
 
     def feed(self, numbers: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
         return ({"vector": row[None]} for row in numbers)
@@ -131,11 +131,11 @@ class TextSentence(TextNetwork):
 
     def embed(self, products: Products) -> np.ndarray: # (n, 512) float32
         "Title and description as one text, cleaned as for the other text experts, cut, and encoded."
-        texts = fields(super().embed(products), self.params["max_chars"])["both"]
+        texts = text_fields(super().embed(products), self.params["max_chars"])["both"]
         return sentence_vectors(texts, f"{self.name}: texts" if len(texts) > 1000 else "")
 
     def network(self, keras: Any, classes: int) -> Any:
         return vector_network(keras, self.reader.size, self.params["units"], self.params["dropout"], classes)
 
-    def graph_of(self, weights: list[np.ndarray]) -> bytes:
+    def export_graph(self, weights: list[np.ndarray]) -> bytes:
         return vector_graph(weights)

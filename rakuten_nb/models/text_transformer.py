@@ -22,9 +22,9 @@ import numpy as np
 from ..data.catalog import Products
 from ..errors import InputError
 from .experts import Bounds, Expert, check_range, load_state, save_state
-from .networks import FitConfig, check_served, onnx_file, start_keras, train_network
-from .text_linear import TextLinear, fields
-from .text_neural import ServedNetwork
+from .networks import FitConfig, check_served, onnx_file, import_keras, train_network
+from .text_linear import TextLinear, text_fields
+from .onnx_runtime import ServedNetwork
 
 # %% ../../nbs/models/40_text_transformer.ipynb #294237e2
 START, PAD, END, UNKNOWN = 0, 1, 2, 3 # XLM-RoBERTa's own signs
@@ -63,7 +63,7 @@ def keras_hub_module(
     try: there = find_spec("keras_hub") is not None # asked first, for Keras takes seconds to start
     except ImportError: there = False
     if not there: raise InputError("expert text_transformer needs the package keras-hub, which is not installed: pip install 'rakuten_nb[transformer]'")
-    start_keras(seed)
+    import_keras(seed)
     with warnings.catch_warnings(action="ignore"): # of what it could draw in a notebook
         return import_module("keras_hub")
 
@@ -273,15 +273,15 @@ def teach_transformer(
     import keras
     model = transformer_network(keras, backbone, max(len(classes), 2), params["dropout"], params["freeze_embeddings"], params["freeze_layers"])
     rate = warm_up_and_decay(keras, params["learning_rate"], -(-len(y) // params["batch"]) * params["epochs"], params["warm_up"])
-    watched = None
-    if expert.watched is not None:
-        known = np.isin(expert.watched[1], classes) # for the others no probability is learned
-        watched = expert.watched[0][known], np.searchsorted(classes, expert.watched[1][known])
+    validation_data = None
+    if expert.validation_data is not None:
+        known = np.isin(expert.validation_data[1], classes) # for the others no probability is learned
+        validation_data = expert.validation_data[0][known], np.searchsorted(classes, expert.validation_data[1][known])
     lessons = FitConfig(params["epochs"], params["batch"], rate, params["smoothing"])
-    expert.history = train_network(model, features, own, lessons, watched, seed, f"{expert.name} {expert.part}".rstrip())
+    expert.history = train_network(model, features, own, lessons, validation_data, seed, f"{expert.name} {expert.progress_label}".rstrip())
     graph = transformer_graph(network_weights(model, backbone), backbone.num_layers, backbone.num_heads, backbone.embeddings_layer_norm.epsilon)
     served = ServedNetwork(graph, classes, len(y))
-    check_served(model.predict(features[:8], verbose=0), served.answers(without_filling(features[:8])), 1e-4) # hundreds of layers' worth of rounding
+    check_served(model.predict(features[:8], verbose=0), served.outputs(without_filling(features[:8])), 1e-4) # hundreds of layers' worth of rounding
     return served
 
 # %% ../../nbs/models/40_text_transformer.ipynb #82443555
@@ -315,7 +315,7 @@ class TextTransformer(Expert):
 
     def embed(self, products: Products) -> np.ndarray: # (n, max_tokens) int32
         "Title and description as one text, cleaned as for the other text experts, in pieces."
-        texts = fields(TextLinear().embed(products), 40 * self.params["max_tokens"])["both"] # no piece is longer than 40 characters
+        texts = text_fields(TextLinear().embed(products), 40 * self.params["max_tokens"])["both"] # no piece is longer than 40 characters
         return self.pieces.rows(texts, self.params["max_tokens"])
 
     def fit(self, features: np.ndarray, y: np.ndarray, seed: int = 0) -> Self: # (n, max_tokens) int32, (n,) class indices

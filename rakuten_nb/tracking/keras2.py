@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import InputError
-from ..models.backbone import quiet_tensorflow
+from ..models.backbone import set_keras_environment
 
 # %% ../../nbs/tracking/40_keras2.ipynb #94bedbe2
 SIGNS = {b"\x89HDF\r\n\x1a\n": "hdf5", b"PK\x03\x04": "zip"} # the formats' first bytes
@@ -313,7 +313,7 @@ def read_h5_model(
 ) -> tuple[Any, list[str]]: # keras.Model, what had to be mended
     "The model in an HDF5 file of Keras 2 or 3."
     found = read_h5(path)
-    quiet_tensorflow()
+    set_keras_environment()
     import keras
     config, remarks = repair_config(found)
     with tempfile.TemporaryDirectory() as scratch:
@@ -346,7 +346,7 @@ def read_keras_model(
 ) -> tuple[Any, list[str]]: # keras.Model, nothing to remark
     "The model in a `.keras` archive."
     check_keras_archive(path)
-    quiet_tensorflow()
+    set_keras_environment()
     import keras
     return keras.models.load_model(path, compile=False, safe_mode=True), []
 

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import rakuten_nb
+from ..addresses import redact_url
 from ..config import Settings, get_logger, read_settings
 from ..errors import RakutenError
-from .registry import CHALLENGER, CHAMPION, MODEL_NAME, aliases, all_versions, open_tracking, plain_uri
+from .registry import CHALLENGER, CHAMPION, MODEL_NAME, aliases, all_versions, open_tracking
 from ..files import atomic_file
 from ..models.bundle import verify_bundle
 from ..models.workspace import Workspace
@@ -195,7 +196,7 @@ def register_bundle(
 ) -> Registered:
     "Log the workspace's bundle once and register it once; raises `TrackingUnavailable` in one line, and may be called again."
     settings, meta, log = settings or read_settings(), verify_bundle(ws.bundle), get_logger("train_model_logger")
-    digest, where = meta["self"], plain_uri(settings.tracking_uri)
+    digest, where = meta["self"], redact_url(settings.tracking_uri)
     with open_tracking(settings) as mlflow:
         run = finished_run(mlflow, digest, settings.mlflow_experiment_name) or log_run(mlflow, ws, meta)
         if experiment_tags(): found = Registered(digest, run.info.run_id, where, name, None, "", False)
