@@ -8,7 +8,8 @@ from setuptools import find_packages, setup
 parser = ConfigParser(delimiters=["="])
 parser.read(Path(__file__).with_name("settings.ini"), encoding="utf-8")
 cfg = parser["DEFAULT"]
-extras = {key.removesuffix("_requirements"): shlex.split(value) for key, value in cfg.items() if key.endswith("_requirements")}
+extras = {key.removesuffix("_requirements"): shlex.split(value) for key, value in cfg.items()
+          if key.endswith("_requirements")}
 
 setup(
     name=cfg["lib_name"],

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from rakuten_nb.tracking.registry import open_tracking
 from rakuten_nb.models.bundle import load_bundle
 from rakuten_nb.models.workspace import Workspace, load_prepared
+from rakuten_nb.tracking.registry import open_tracking
 
 ws, rows = Workspace(Path(sys.argv[1])), int(sys.argv[2])
 frame = pd.read_csv(ws.raw / "X_train_update.csv").head(rows)

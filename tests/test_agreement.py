@@ -37,7 +37,7 @@ import rakuten_nb.data.clean as clean
 ours = clean.clean_text
 changes = {
     "nothing": ours,
-    "unescapes once": lambda text, max_chars=1500: clean.plain(clean._tag.sub(" ", html.unescape(text))).lower()[:max_chars].rstrip(),
+    "unescapes once": lambda text, max_chars=1500: clean.normalise(clean._tag.sub(" ", html.unescape(text))).lower()[:max_chars].rstrip(),
     "shorter": lambda text, max_chars=1500: ours(text, max_chars // 2),
 }
 clean.clean_text = changes[sys.argv.pop(1)]

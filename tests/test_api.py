@@ -461,7 +461,7 @@ def test_two_processes_create_the_store_at_once(own_api: ApiProcess, env: dict[s
 
 def test_the_command_line_serves(own_api: ApiProcess) -> None:
     port = free_port()
-    bundle = own_api.home / "bundle"
+    bundle = str(own_api.home / "bundle")
     command = [sys.executable, "-m", "rakuten_nb.cli", "serve", "--bundle", bundle, "--port", str(port)]
     with subprocess.Popen(command, env=own_api.env, cwd=own_api.home, stderr=subprocess.PIPE, text=True) as process:
         own_api.process = process # type: ignore[assignment]

@@ -11,7 +11,14 @@ from scipy.stats import hypergeom
 from rakuten_nb.data.catalog import Catalog, make_products, read_catalog
 from rakuten_nb.data.sample import planted_errors
 from rakuten_nb.errors import TooLittleData
-from rakuten_nb.evaluation.audit import AuditParams, audit_catalog, audit_out_of_fold, audit_labels, audit_summary, write_audit
+from rakuten_nb.evaluation.audit import (
+    AuditParams,
+    audit_catalog,
+    audit_labels,
+    audit_out_of_fold,
+    audit_summary,
+    write_audit,
+)
 from rakuten_nb.models.workspace import load_out_of_fold
 from rakuten_nb.taxonomy import CODES
 
@@ -90,6 +97,6 @@ def test_the_command_writes_the_list(shared: Path, rakuten: Run, tmp_path: Path)
     answer = rakuten("audit", made / "catalog", "--bundle", made / "honest", "--out", tmp_path / "audit.csv", "--limit", 3)
     assert answer.returncode == 0, answer.stderr
     lines = pd.read_csv(tmp_path / "audit.csv")
-    assert f"{len(lines)} suspects" in answer.stdout and "audited labels look wrong" in answer.stdout and len(lines) > 0
+    assert f"{len(lines)} suspicious labels" in answer.stdout and "audited labels look wrong" in answer.stdout and len(lines) > 0
     answer = rakuten("audit", made / "catalog", "--out", tmp_path / "no.csv", "--bundle", made / "honest", "--experts", "text_linear")
     assert answer.returncode == 2 and "found both" in answer.stderr and not (tmp_path / "no.csv").exists()

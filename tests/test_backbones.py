@@ -61,6 +61,7 @@ def painted(colour: str, side: int = 224) -> np.ndarray: # (1, side, side, 3)
 
 # --- train and serve
 
+@pytest.mark.services
 def test_trains_a_bundle_with_vgg16(vgg16: Path, few_pictures: Path) -> None:
     folder = vgg16 / "bundle/experts/image"
     saved = json.loads((folder / "expert.json").read_text(encoding="utf-8"))["params"]
@@ -72,6 +73,7 @@ def test_trains_a_bundle_with_vgg16(vgg16: Path, few_pictures: Path) -> None:
     assert features.shape == (2, 512 + LAYOUT_WIDTH) and np.isfinite(features).all()
     assert (features[0] != features[1]).any()
 
+@pytest.mark.services
 def test_serves_vgg16(vgg16: Path, few_pictures: Path, env: dict[str, str], tmp_path: Path) -> None:
     products = read_catalog(few_pictures).products
     picture = next(p for p in products.picture if p is not None)
@@ -85,6 +87,7 @@ def test_serves_vgg16(vgg16: Path, few_pictures: Path, env: dict[str, str], tmp_
     rows = [i for i, p in enumerate(products.picture) if p is picture]
     assert load_bundle(vgg16 / "bundle").predict(products[rows]).shares.shape[1] == 2
 
+@pytest.mark.services
 def test_vgg16_receives_colours_in_its_own_order(vgg16: Path) -> None:
     import keras
     graph = (vgg16 / "bundle/experts/image/backbone.onnx").read_bytes()

@@ -312,7 +312,8 @@ def params(text: str) -> Callable[[Path], list[object]]:
 OPTIONS: dict[str, tuple[Callable[[Path], list[object]], tuple[str, ...]]] = { # options of train, words of the error
     "unknown expert": (lambda _: ["--experts", "text,smell"], ("'smell'", "text_linear", "image")),
     "unknown section": (params("splitt:\n  folds: 3\n"), ("params.yaml", "splitt", "split, ", "gate")),
-    "a section twice": (params("split: {folds: 3}\nsplit: {folds: 4}\n"), ("params.yaml", "line 2: 'split' stands there a second time")),
+    "a section twice": (params("split: {folds: 3}\nsplit: {folds: 4}\n"),
+                        ("params.yaml", "line 2: 'split' stands there a second time")),
     "unknown parameter": (params("split:\n  fold: 3\n"), ("params.yaml", "split.fold", "expected folds, gold_share")),
     "unknown parameter of an expert":
         (params("text:\n  experts:\n    text_linear:\n      c: 2\n"), ("'c'", "text_linear", "C, max_chars")),

@@ -13,7 +13,7 @@ from rakuten_nb.data.catalog import Catalog, read_catalog
 from rakuten_nb.data.split import is_gold
 from rakuten_nb.errors import InputError, TooLittleData
 from rakuten_nb.evaluation.behaviour import BehaviourParams
-from rakuten_nb.evaluation.gate import GateParams, GateDecision, floors, gate
+from rakuten_nb.evaluation.gate import GateDecision, GateParams, floors, gate
 from rakuten_nb.models.bundle import Bundle, fingerprints, load_bundle
 from rakuten_nb.params import read_section
 

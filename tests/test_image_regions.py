@@ -126,6 +126,7 @@ def test_the_map_of_a_trained_bundle_adds_up_to_the_prediction(bundle: Path, sam
     parts = expert.regions(raw).evidence.sum((0, 1))[head.classes] + rest - rest.mean()
     assert np.abs(parts - (log_p - log_p.mean())).max() < 1e-4
 
+@pytest.mark.services
 def test_lite2_classifies_and_explains(shared: Path) -> None:
     expert = ImageExpert(backbone="efficientnet_lite2", cache_dir=shared / "data/cache")
     raws = [png(scene(i % 2, list(CORNERS.values())[i % 4 // 2], i)) for i in range(8)]

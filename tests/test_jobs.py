@@ -26,8 +26,8 @@ from api_process import USERS, ApiProcess, memory_mb
 from conftest import Run, needs_postgres
 
 from rakuten_nb.store.database import job_results, jobs, open_store, predictions, utc_now
-from rakuten_nb.store.users import add_user, change_user
 from rakuten_nb.store.jobs import add_job, claim_chunk, find_jobs, job_counts, leftover_jobs, renew_claim
+from rakuten_nb.store.users import add_user, change_user
 
 if TYPE_CHECKING:
     from servers import Postgres

@@ -14,8 +14,17 @@ import numpy as np
 import pytest
 from conftest import Run, once
 
-from rakuten_nb.tracking.keras2 import ModelFile, course_lstm, largest_difference, named_objects, numpy_answers, write_h5
 from rakuten_nb.taxonomy import CODES
+from rakuten_nb.tracking.keras2 import (
+    ModelFile,
+    course_lstm,
+    largest_difference,
+    named_objects,
+    numpy_answers,
+    write_h5,
+)
+
+pytestmark = pytest.mark.services # runs the pipeline or an MLflow registry
 
 QUESTIONS = np.random.default_rng(7).integers(0, 300, (20, 10)).astype(np.float32)
 AWAY = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}

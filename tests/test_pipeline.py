@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from pipeline_copy import PRODUCTS, STAGES, Tell, change, ran
 
+pytestmark = pytest.mark.services # runs the pipeline or an MLflow registry
+
 def lines(path: Path) -> list[dict[str, str]]:
     "The lines of a CSV file."
     with path.open(encoding="utf-8", newline="") as f: return list(csv.DictReader(f))

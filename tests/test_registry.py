@@ -48,6 +48,7 @@ def listed(tell: Tell, project: Path, **extra: str) -> dict[str, str]:
     assert answer.returncode == 0, answer.stderr
     return {m[1]: m[2] for m in re.finditer(r"^│\s*(\d+) │ (\w*)", answer.stdout, re.M)}
 
+@pytest.mark.services
 def test_the_pipeline_ends_with_a_champion(finished: Path, tell: Tell) -> None:
     project, said = finished / "project", (finished / "said.txt").read_text(encoding="utf-8")
     assert f"model {version_of(project)}: version 1 of {MODEL}, champion" in said
@@ -73,6 +74,7 @@ def test_a_change_makes_a_challenger_an_experiment_none(own: Path, tell: Tell, r
     register(own)
     assert listed(tell, own) == {"3": "challenger", "2": "", "1": "champion"}, "the same bundle again registers nothing"
 
+@pytest.mark.services
 def test_the_champion_answers_as_the_bundle_does(own: Path, tell: Tell, register: Register) -> None:
     register(own)
     found = json.loads(tell(own, "python", ROOT / "tests/ask_registry.py", own, 120).stdout)
@@ -82,6 +84,7 @@ def test_the_champion_answers_as_the_bundle_does(own: Path, tell: Tell, register
     assert any(p.name == "bundle.json" for p in files)
     assert [p for p in files if p.suffix in (".pkl", ".pickle", ".joblib", ".cloudpickle") or p.read_bytes()[:1] == b"\x80"] == []
 
+@pytest.mark.services
 def test_a_model_is_pulled(own: Path, tell: Tell, register: Register, tmp_path: Path) -> None:
     register(own)
     for uri in (f"models:/{MODEL}@champion", f"models:/{MODEL}/1"):
@@ -94,6 +97,7 @@ def test_a_model_is_pulled(own: Path, tell: Tell, register: Register, tmp_path: 
         assert (answer.returncode, answer.stderr.count("\n")) == (2, 1) and said in answer.stderr, answer.stderr
     assert not (tmp_path / "other").exists()
 
+@pytest.mark.services
 def test_mlflow_away_is_one_line_and_caught_up_with(own: Path, tell: Tell, register: Register) -> None:
     before, nobody = version_of(own), f"http://marie:hush@127.0.0.1:{free_port()}"
     answer = register(own, 1, MLFLOW_TRACKING_URI=nobody, MLFLOW_HTTP_REQUEST_MAX_RETRIES="0")
@@ -128,6 +132,7 @@ def test_the_api_serves_what_the_registry_holds(own: Path, tell: Tell, register:
         assert news["request"] == request and [f["error"] for f in news["followed"]] == [""]
         assert api.client.get("/status").json()["model_version"] == version_of(own) != first
 
+@pytest.mark.services
 def test_serve_takes_a_model_of_the_registry(own: Path, tell: Tell, register: Register, env: dict[str, str], tmp_path: Path) -> None:
     register(own)
     port, terminal = free_port(), tmp_path / "terminal.log"

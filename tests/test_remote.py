@@ -295,7 +295,7 @@ def answering(answer: bytes | None) -> Iterator[str]:
 def test_something_else_listens_there(project: Path, storage: Storage) -> None:
     with answering(b"<html>welcome") as url:
         write_settings(project, **s3_settings(storage, RAKUTEN_REMOTE_ENDPOINT=url))
-        with pytest.raises(RakutenError, match="or is no S3 server; look at RAKUTEN_REMOTE_URL and RAKUTEN_REMOTE_ENDPOINT"): push(project)
+        with pytest.raises(RakutenError, match="or is no S3 server; check RAKUTEN_REMOTE_URL and RAKUTEN_REMOTE_ENDPOINT"): push(project)
 
 def test_waiting_is_bounded(project: Path, storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     assert remote.S3_OPTIONS["connect_timeout"] <= 10 and remote.S3_OPTIONS["read_timeout"] <= 30

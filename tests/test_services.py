@@ -14,9 +14,8 @@ import sqlalchemy as sa
 from api_process import PASSWORD, ApiProcess
 from conftest import needs_postgres, needs_redis
 
-from rakuten_nb.store.users import hash_password
 from rakuten_nb.store.database import open_store, predictions
-from rakuten_nb.store.users import add_user, change_user
+from rakuten_nb.store.users import add_user, change_user, hash_password
 
 if TYPE_CHECKING:
     from servers import Postgres, RedisServer

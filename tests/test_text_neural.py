@@ -57,15 +57,18 @@ def taught(tmp_path_factory: pytest.TempPathFactory, sample_catalog: Path, pytho
         assert answer.returncode == 0, answer.stderr
     return folder
 
+@pytest.mark.services
 @pytest.mark.parametrize("name", EXPERTS)
 def test_two_processes_learn_the_same_bytes(name: str, taught: Path) -> None:
     for file in (f"{name}/graph.onnx", f"{name}/arrays.npz", f"{name}/expert.json", f"{name}.json", f"{name}.npy"):
         assert (taught / "once" / file).read_bytes() == (taught / "again" / file).read_bytes(), file
 
+@pytest.mark.services
 def test_they_are_served_without_what_trains(taught: Path, sample_catalog: Path, python: Run) -> None:
     answer = python("-c", SERVE, sample_catalog, taught / "once", *EXPERTS)
     assert answer.stdout.strip() == "the same bits", answer.stderr
 
+@pytest.mark.services
 def test_a_training_by_name_is_logged_and_predicts(sample_catalog: Path, rakuten: Run, tmp_path: Path) -> None:
     # The experts are named on the command line; the parameters speak of one of them only.
     (options := tmp_path / "params.yaml").write_text(json.dumps({"split": {"folds": 2}, "text": {"experts": {"text_ngrams": SMALL["text_ngrams"]}}}))

@@ -67,6 +67,7 @@ hub.models.XLMRobertaBackbone(vocabulary_size=tokenizer.vocabulary_size(), num_l
 tokenizer.save_to_preset(sys.argv[5])
 """
 
+@pytest.mark.services
 def test_the_sentence_expert_is_served_without_what_trains(sample_catalog: Path, python: Run, tmp_path: Path) -> None:
     answer = python("-c", TEACH, sample_catalog, tmp_path / "expert", "text_sentence", json.dumps({"epochs": 2}))
     assert answer.returncode == 0, answer.stderr

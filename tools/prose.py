@@ -1,8 +1,8 @@
 """Rate of mannered words in the project's prose: `tools/prose.py` prints it by group, `--list` shows each place.
 
 Reads markdown cells, docstrings, comments and texts of the package, tests and notebooks. Fails above the ceiling. The
-words are hints: a sentence around one of them usually has a vague subject or a private term. Rewrite the sentence rather
-than the word.
+words are hints: a sentence around one of them usually has a vague subject or a private term. Rewrite the sentence
+rather than the word.
 """
 import ast
 import io

@@ -12,8 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .app import BundleArg, CatalogArg, ExpertsOpt, JsonOpt, ParamsOpt, app, note, plain
-from .app import report_quarantine
+from rakuten_nb.cli.app import (
+    BundleArg,
+    CatalogArg,
+    ExpertsOpt,
+    JsonOpt,
+    ParamsOpt,
+    app,
+    note,
+    plain,
+    report_quarantine,
+)
 from ..config import read_settings
 from ..console import out_console, rich_table
 from ..data.catalog import advice, read_catalog
@@ -72,8 +81,14 @@ def print_evaluation(
     title: str, # of the first table
 ) -> None:
     "Print the metrics by expert, the hardest types, and the metrics by modality."
-    from rakuten_nb.evaluation.report import class_frame, coverage_at, coverage_summary, evaluation_frame
-    from rakuten_nb.evaluation.report import modality_curves, modality_frame
+    from rakuten_nb.evaluation.report import (
+        class_frame,
+        coverage_at,
+        coverage_summary,
+        evaluation_frame,
+        modality_curves,
+        modality_frame,
+    )
     con, y, fused = out_console(), evaluation.y, evaluation.fused
     kinds = modality_curves(y, fused, {name: rows for name, (rows, _) in evaluation.experts.items()})
     figures = evaluation.to_json()

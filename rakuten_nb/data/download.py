@@ -22,9 +22,23 @@ from ..addresses import redact_url
 from ..config import get_logger, read_settings
 from .archive import FOLDERS, ArchiveError, unpack_pictures
 from .catalog import read_split
-from .fetch import PATIENCE, TIMEOUT, DownloadSession, FileNote, Interrupted, Server, base_address
-from .fetch import disk_errors, drop, fetch_verified, folder_lock, read_note, same_file
-from .fetch import wait_before_retry, write_note
+from rakuten_nb.data.fetch import (
+    PATIENCE,
+    TIMEOUT,
+    DownloadSession,
+    FileNote,
+    Interrupted,
+    Server,
+    base_address,
+    disk_errors,
+    drop,
+    fetch_verified,
+    folder_lock,
+    read_note,
+    same_file,
+    wait_before_retry,
+    write_note,
+)
 from .hub import open_server
 from ..errors import InputError
 from ..files import check_writable, move_in

@@ -22,7 +22,17 @@ from ..config import get_logger
 from ..data.catalog import Catalog
 from ..errors import TooLittleData
 from ..files import atomic_file
-from ..metrics import class_scores, confusion_matrix, coverage_curve, ece, log_loss, reliability, review_threshold, summary, wilson_interval
+from rakuten_nb.metrics import (
+    class_scores,
+    confusion_matrix,
+    coverage_curve,
+    ece,
+    log_loss,
+    reliability,
+    review_threshold,
+    summary,
+    wilson_interval,
+)
 from ..models.bundle import Bundle
 from ..models.experts import expert_class
 from ..models.fusion import temperature_scale
@@ -86,6 +96,7 @@ def class_frame(
 # %% ../../nbs/evaluation/10_report.ipynb #7e4f4e31
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+else: Figure = Any
 
 # %% ../../nbs/evaluation/10_report.ipynb #b3a10ca0
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00") # of lines, in their order

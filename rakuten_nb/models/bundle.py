@@ -195,7 +195,8 @@ def bundle_meta(
     powers = {name: round(t, 9) for name, t in bundle.inverse_temperatures.items()}
     meta = {
         "format": FORMAT, "classes": list(CODES), "experts": list(bundle.experts),
-        "threshold": round(bundle.threshold, 9), "inverse_temperatures": powers, "fusion": fusion_state(bundle.fusion), **bundle.about,
+        "threshold": round(bundle.threshold, 9), "inverse_temperatures": powers,
+        "fusion": fusion_state(bundle.fusion), **bundle.about,
         "libraries": {n: version(n) for n in LIBRARIES}, "files": files,
     }
     return meta | {"self": meta_hash(meta)}

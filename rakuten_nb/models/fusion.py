@@ -222,8 +222,8 @@ def expert_shares(
     "Each expert's part of the evidence for the answer."
     out = np.zeros((len(answer), len(fusion.experts)))
     for experts, rows in fusion.rows_by_pattern(probs, sees):
-        weights = fusion.patterns[frozenset(experts)].weights if experts else []
-        for e, w in zip(experts, weights, strict=True):
+        if not experts: continue
+        for e, w in zip(experts, fusion.patterns[frozenset(experts)].weights, strict=True):
             z = log_probs(probs[e][rows])
             evidence = w * (z[np.arange(len(rows)), answer[rows]] - z.mean(1))
             out[rows, fusion.experts.index(e)] = np.maximum(evidence, 1e-12)

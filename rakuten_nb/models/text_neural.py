@@ -21,8 +21,15 @@ from ..data.catalog import Products
 from .experts import Bounds, Expert, check_range, load_state, save_state
 from .networks import FitConfig, GraphExport, ValidationData, fit_and_export, import_keras, onnx_file
 from .onnx_runtime import ServedNetwork
-from .text_linear import Block, block_features, clean_texts, fit_blocks, rebuild_vocabularies
-from .text_linear import text_fields, vocabularies_state
+from rakuten_nb.models.text_linear import (
+    Block,
+    block_features,
+    clean_texts,
+    fit_blocks,
+    rebuild_vocabularies,
+    text_fields,
+    vocabularies_state,
+)
 
 # %% ../../nbs/models/30_text_neural.ipynb #70b0c678
 class Reader(ABC):
@@ -170,8 +177,8 @@ def lstm_graph(
              make_node("LSTM", ["steps", "kernel", "recurrent", "bias"], ["", "last"], hidden_size=recurrent.shape[0]),
              make_node("Squeeze", ["last", "first"], ["cells"]), make_node("Gemm", ["cells", "w", "b"], ["scores"]),
              make_node("Softmax", ["scores"], ["probabilities"], axis=-1)]
-    output = {"probabilities": (np.float32, ["n", len(b)])}
-    return onnx_file(nodes, {"ids": (np.int64, ["n", positions])}, output, constants)
+    return onnx_file(nodes, {"ids": (np.int64, ["n", positions])},
+                     {"probabilities": (np.float32, ["n", len(b)])}, constants)
 
 # %% ../../nbs/models/30_text_neural.ipynb #7e26fed8
 def ngram_network(
@@ -199,8 +206,8 @@ def ngram_graph(
              make_node("Gemm", ["active", "w", "b"], ["scores"]),
              make_node("Softmax", ["scores"], ["probabilities"], axis=-1)]
     constants = {"table": table.astype(np.float16), "bias": bias, "first": np.array([0]), "w": w, "b": b}
-    inputs = {"ids": (np.int64, ["k"]), "weights": (np.float32, ["k"])}
-    return onnx_file(nodes, inputs, {"probabilities": (np.float32, [1, len(b)])}, constants)
+    return onnx_file(nodes, {"ids": (np.int64, ["k"]), "weights": (np.float32, ["k"])},
+                     {"probabilities": (np.float32, [1, len(b)])}, constants)
 
 # %% ../../nbs/models/30_text_neural.ipynb #30b0b739
 FIT_RANGES: dict[str, Bounds] = {"epochs": (1, 1000), "batch": (1, 100_000), "learning_rate": (1e-6, 1.0),

@@ -22,9 +22,9 @@ import numpy as np
 from ..data.catalog import Products
 from ..errors import InputError
 from .experts import Bounds, Expert, check_range, load_state, save_state
-from .networks import FitConfig, check_served, onnx_file, import_keras, train_network
-from .text_linear import TextLinear, text_fields
+from .networks import FitConfig, check_served, import_keras, onnx_file, train_network
 from .onnx_runtime import ServedNetwork
+from .text_linear import TextLinear, text_fields
 
 # %% ../../nbs/models/40_text_transformer.ipynb #294237e2
 START, PAD, END, UNKNOWN = 0, 1, 2, 3 # XLM-RoBERTa's own signs
@@ -262,7 +262,7 @@ def checkpoint_backbone(
 
 # %% ../../nbs/models/40_text_transformer.ipynb #62af41f6
 def teach_transformer(
-    expert: "TextTransformer",
+    expert: Any, # TextTransformer
     features: np.ndarray, # (n, most) int32 of `Pieces.rows`
     y: np.ndarray, # (n,) class indices
     seed: int,

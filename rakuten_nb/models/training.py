@@ -326,7 +326,7 @@ def scores_with_interval(
 # %% ../../nbs/models/85_training.ipynb #da97dde3
 MEASURED_ON = {
     "gold": "holdout of labelled rows; no expert was trained on them; fusion fitted out of fold",
-    "out_of_fold": "labelled rows; the experts were trained without them and their near duplicates; fusion cross-fitted",
+    "out_of_fold": "labelled rows, experts trained without them and their near duplicates; fusion cross-fitted",
 }
 
 def held_out_metrics(

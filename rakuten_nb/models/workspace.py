@@ -202,6 +202,7 @@ def predictions_preview(
     lines = lines[lines["prdtypecode"] != ""].head(n)
     return pd.DataFrame({
         "product": lines["title"], "prdtypecode": lines["prdtypecode"], "name": lines["name"],
-        "confidence": lines["confidence"].astype(float), "review": lines["needs_review"].map({"true": "yes", "false": ""}),
+        "confidence": lines["confidence"].astype(float),
+        "review": lines["needs_review"].map({"true": "yes", "false": ""}),
         "decided by": lines["experts"],
     })

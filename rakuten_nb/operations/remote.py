@@ -107,8 +107,8 @@ UNAVAILABLE = "it does not answer ({code}); check {setting} and RAKUTEN_REMOTE_E
 FAILING = ("it responds with an error ({code}) or is no S3 server; check {setting} and RAKUTEN_REMOTE_ENDPOINT, "
            "or try again later")
 ACCESS_CODES = ("AccessDenied", "Forbidden", "401", "403", "Unauthorized", "InvalidAccessKeyId",
-                "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "InvalidClientTokenId", "TokenRefreshRequired", "AllAccessDisabled",
-                "AuthFailure")
+                "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "InvalidClientTokenId", "TokenRefreshRequired",
+                "AllAccessDisabled", "AuthFailure")
 NETWORK_CODES = ("EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ConnectionClosedError",
                  "ProxyConnectionError", "SSLError", "HTTPClientError", "TimeoutError", "FSTimeoutError")
 SERVER_CODES = "ServiceUnavailable", "SlowDown", "InternalError", "500", "502", "503", "504", "ResponseParserError"

@@ -35,8 +35,15 @@ from .routes.operation import operation_routes
 from .routes.predict import predict_routes
 from .routes.review import review_routes
 from .routes.token import token_routes
-from .service import Forbidden, InvalidScope, Unauthorised, UnseenProduct, WrongLogin
-from .service import start_service, stop_service
+from rakuten_nb.serving.service import (
+    Forbidden,
+    InvalidScope,
+    Unauthorised,
+    UnseenProduct,
+    WrongLogin,
+    start_service,
+    stop_service,
+)
 from .telemetry import RequestLog, Telemetry
 from ..store.database import StoreUnavailable
 

@@ -12,18 +12,26 @@ import secrets
 import time
 import traceback
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from prometheus_client import GC_COLLECTOR, PLATFORM_COLLECTOR, CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client import ProcessCollector, generate_latest
+from prometheus_client import (
+    GC_COLLECTOR,
+    PLATFORM_COLLECTOR,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..config import get_logger
 from ..models.bundle import Prediction
-from ..store.feedback import LiveAccuracy
 from .problems import Problem, problem_response
+from ..store.feedback import LiveAccuracy
 
 # %% ../../nbs/serving/20_telemetry.ipynb #38a33f7a
 SECONDS = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 5, 10)
@@ -74,7 +82,8 @@ class JobMetrics:
 # %% ../../nbs/serving/20_telemetry.ipynb #b2edff5d
 class ReviewGauges:
     "Predictions that wait for review, and the accuracy of predictions with feedback, as the store has them."
-    texts = {"rakuten_feedback_predictions": "Predictions with feedback",
+    texts: ClassVar[dict[str, str]] = {
+        "rakuten_feedback_predictions": "Predictions with feedback",
              "rakuten_live_accuracy": "Share of predictions with feedback that were right, 0 to 1",
              "rakuten_live_accuracy_low": "Lower end of the 95 % interval of the accuracy",
              "rakuten_live_accuracy_high": "Upper end of the 95 % interval of the accuracy"}

@@ -16,8 +16,8 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from ..config import Settings
-from .product_form import BoundaryWatch, limited_body
 from .problems import Problem
+from .product_form import BoundaryWatch, limited_body
 from ..store.job_files import UPLOAD_SECONDS
 
 # %% ../../nbs/serving/55_upload.ipynb #a05b0a35

@@ -24,8 +24,8 @@ from rich.text import Text
 from ..config import Settings
 from ..console import rich_table
 from ..errors import InputError
-from .registry import open_tracking
 from ..files import file_hash
+from ..taxonomy import CODES
 from rakuten_nb.tracking.keras2 import (
     file_kind,
     file_version,
@@ -35,7 +35,7 @@ from rakuten_nb.tracking.keras2 import (
     resave_model,
     seeded_inputs,
 )
-from ..taxonomy import CODES
+from .registry import open_tracking
 
 # %% ../../nbs/tracking/50_legacy_models.ipynb #39225dda
 MODEL_SUFFIXES = (".h5", ".hdf5", ".keras")

@@ -22,10 +22,10 @@ import rakuten_nb
 from ..addresses import redact_url
 from ..config import Settings, get_logger, read_settings
 from ..errors import RakutenError
-from .registry import CHALLENGER, CHAMPION, MODEL_NAME, aliases, all_versions, open_tracking
 from ..files import atomic_file
 from ..models.bundle import verify_bundle
 from ..models.workspace import Workspace
+from .registry import CHALLENGER, CHAMPION, MODEL_NAME, aliases, all_versions, open_tracking
 
 # %% ../../nbs/tracking/30_register.ipynb #791dc8e5
 def flat(
@@ -90,7 +90,7 @@ def log_model(
     "Log the bundle into the open run."
     import pandas as pd
     package = Path(rakuten_nb.__file__).parent
-    info = mlflow.pyfunc.log_model(name="bundle", python_model=str(package / "evaluation/pyfunc.py"), artifacts={"bundle": str(bundle)},
+    info = mlflow.pyfunc.log_model(name="bundle", python_model=str(package / "tracking/pyfunc.py"), artifacts={"bundle": str(bundle)},
                                    code_paths=[str(package)], pip_requirements=[f"{name}=={version(name)}" for name in NEEDED], signature=model_signature(),
                                    input_example=pd.DataFrame([EXAMPLE]), metadata={"bundle": digest})
     return str(info.model_uri)

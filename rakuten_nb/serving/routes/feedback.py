@@ -23,8 +23,15 @@ from ..problems import Problem, problem_responses
 from ..product_form import MAX_ID, limited_body, read_fields, text_field
 from .review import NUMBER_SCHEMA, TEXT_SCHEMA, whole_number
 from ..service import Service
-from ...store.feedback import AmbiguousRequest, Feedback, PredictionRef, add_feedback, delete_feedback
-from ...store.feedback import find_prediction, last_labelled_prediction
+from rakuten_nb.store.feedback import (
+    AmbiguousRequest,
+    Feedback,
+    PredictionRef,
+    add_feedback,
+    delete_feedback,
+    find_prediction,
+    last_labelled_prediction,
+)
 from ...store.prediction_log import WRITE_SECONDS
 from ...store.users import ROLES, User
 from ...taxonomy import CODES, PRODUCT_TYPES

@@ -27,8 +27,14 @@ from ..problems import Problem, problem_responses
 from ..service import Service
 from ..upload import FIELD, disk_problem, save_upload
 from ...store.archives import TooLarge
-from ...store.job_files import UPLOAD, answers_path, clean_job_files, job_folder
-from ...store.job_files import remove_job_files, unpack_upload
+from rakuten_nb.store.job_files import (
+    UPLOAD,
+    answers_path,
+    clean_job_files,
+    job_folder,
+    remove_job_files,
+    unpack_upload,
+)
 from ...store.jobs import UNFINISHED, Job, add_job, end_job, find_jobs, new_job_id, remove_job
 from ...store.users import User
 
