@@ -134,7 +134,7 @@ class ModelManager:
         self._request = 0 # the last model request that was handled
         self._tried: object = None # state of the source at the last attempt
         self._stopping, self._wake = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=_poll_until_closed, args=(self,), name="model-manager", daemon=True)
+        self._thread = threading.Thread(target=lambda: _poll_until_closed(self), name="model-manager", daemon=True)
 
     def pick(self,
         key: str = "", # what a variant is chosen by; ignored while there is one model
