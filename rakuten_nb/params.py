@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from .errors import InputError
+from .errors import InputError, one_line
 
 # %% ../nbs/06_params.ipynb #bfbab848
 def all_nodes(
@@ -56,7 +56,7 @@ def parse_yaml(
     try:
         twice = repeated_name(yaml.compose(text, yaml.SafeLoader))
         if not twice: return yaml.safe_load(text)
-    except NOT_READ as e: raise InputError(f"{where}: is not YAML: {' '.join(str(e).split())[:200]}") from None
+    except NOT_READ as e: raise InputError(f"{where}: is not YAML: {one_line(e)}") from None
     line = twice.start_mark.line + 1
     raise InputError(f"{where}: line {line}: {twice.value[:60]!r} stands there a second time; expected each name once")
 

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from ..data.catalog import Products
-from ..errors import InputError
+from ..errors import InputError, one_line
 from .experts import Bounds, Expert, check_range, load_state, save_state
 from .networks import FitConfig, check_served, import_keras, onnx_file, train_network
 from .onnx_runtime import ServedNetwork
@@ -90,7 +90,7 @@ def from_checkpoint(
     options = {"dtype": "float32"} if part.endswith("Backbone") else {}
     try: return getattr(hub.models, part).from_preset(checkpoint, **options)
     except Exception as e: # whatever stands between here and the files: no network, no such name, another kind of model
-        raise InputError(f"checkpoint {checkpoint!r} of expert text_transformer cannot be had: {' '.join(str(e).split())[:200]}") from None
+        raise InputError(f"checkpoint {checkpoint!r} of expert text_transformer cannot be had: {one_line(e)}") from None
 
 # %% ../../nbs/models/40_text_transformer.ipynb #efa553d3
 def transformer_network(

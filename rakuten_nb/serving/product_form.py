@@ -21,6 +21,7 @@ from starlette.requests import Request
 
 from ..config import Settings
 from ..data.catalog import Product
+from ..errors import one_line
 from .problems import Problem
 
 # %% ../../nbs/serving/30_product_form.ipynb #662998f0
@@ -105,8 +106,7 @@ async def parse_form(
         if kind == b"multipart/form-data": return await _multipart(request, pieces, options.get(b"boundary", b""))
         if kind in (b"application/x-www-form-urlencoded", b""): return await _urlencoded(pieces)
     except (MultiPartException, ValueError) as e:
-        message = " ".join(str(getattr(e, "message", e)).split())[:200]
-        raise Problem(400, "form", f"body: not a form: {message}") from None
+        raise Problem(400, "form", f"body: not a form: {one_line(getattr(e, 'message', e))}") from None
     raise Problem(415, "media-type", "Content-Type: expected multipart/form-data or "
                   f"application/x-www-form-urlencoded; found {kind.decode('latin-1')[:80]!r}")
 

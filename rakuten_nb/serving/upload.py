@@ -16,6 +16,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from ..config import Settings
+from ..errors import one_line
 from .problems import Problem
 from .product_form import BoundaryWatch, limited_body
 from ..store.job_files import UPLOAD_SECONDS
@@ -81,7 +82,7 @@ async def save_upload(
         size = path.stat().st_size
     except _WrongPart as e: raise Problem(422, "field", e.message) from None
     except MultiPartException as e:
-        raise Problem(400, "form", f"body: not a form: {' '.join(e.message.split())[:200]}") from None
+        raise Problem(400, "form", f"body: not a form: {one_line(e.message)}") from None
     except OSError as e: raise disk_problem(e) from None
     if not watch.complete:
         raise Problem(400, "form", "body: not a form: it was cut off: its closing boundary is missing")

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 
 # %% ../../nbs/store/42_archives.ipynb #42d4a7fe
 class TooLarge(InputError):
@@ -95,7 +95,7 @@ def member_pieces(
                 if size > limit: raise TooLarge(f"{name!r}: expected at most {limit:,} bytes; found more")
                 yield piece
     except DAMAGED as e:
-        raise InputError(f"{name!r}: damaged in the archive ({' '.join(str(e).split())[:80]})") from None
+        raise InputError(f"{name!r}: damaged in the archive ({one_line(e, 80)})") from None
 
 # %% ../../nbs/store/42_archives.ipynb #789042ee
 @dataclass
@@ -152,7 +152,7 @@ def open_archive(
     check_list(path)
     try: archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as e:
-        raise InputError(f"archive: damaged ({' '.join(str(e).split())[:80]})") from None
+        raise InputError(f"archive: damaged ({one_line(e, 80)})") from None
     try: return sort_members(archive, limit)
     except BaseException:
         archive.close()

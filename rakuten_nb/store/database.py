@@ -24,7 +24,7 @@ from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError,
 from sqlalchemy.types import TypeDecorator
 
 from ..addresses import redact_url
-from ..errors import InputError, RakutenError
+from ..errors import InputError, RakutenError, one_line
 
 # %% ../../nbs/store/10_database.ipynb #97d0efb7
 class UtcDateTime(TypeDecorator[datetime]):
@@ -225,7 +225,7 @@ def _one_line_errors(engine: sa.Engine) -> Iterator[None]:
     try: yield
     except (IntegrityError, DataError): raise # caused by the row, not by the database
     except DBAPIError as e:
-        raise StoreUnavailable(f"database {redact_url(str(engine.url))}: {' '.join(str(e.orig).split())[:300]}") from e
+        raise StoreUnavailable(f"database {redact_url(str(engine.url))}: {one_line(e.orig, 300)}") from e
     except sa.exc.TimeoutError:
         raise StoreUnavailable(f"database {redact_url(str(engine.url))}: all connections are busy") from None
 
