@@ -65,7 +65,7 @@ class TrackingSettings(BaseSettings):
     mlflow_tracking_password: SecretStr | None = None
     "Password of MLFLOW_TRACKING_USERNAME."
     rakuten_model_uri: str | None = None
-    "Registered model to serve, such as models:/rakuten-product-type@champion; RAKUTEN_BUNDLE takes precedence."
+    "Registered model to serve, such as models:/rakuten-product-type@champion; ignored if RAKUTEN_BUNDLE is set."
     dagshub_username: str | None = None
     "DagsHub user. With DAGSHUB_TOKEN, runs are mirrored to DagsHub; a mirror that fails never breaks a run."
     dagshub_token: SecretStr | None = None
@@ -104,7 +104,7 @@ class JobSettings(SharedSettings):
     rakuten_max_job_rows: int = Field(1_000_000, gt=0)
     "Largest number of rows in an uploaded file of products."
     rakuten_job_keep_days: float = Field(30, ge=0, le=36_500)
-    "Days after its end at which a job and its predictions are removed."
+    "Days to retain a finished job and its predictions."
     rakuten_embedded_worker: bool = False
     "Whether the API process works on jobs itself (`make serve`, `make up`); otherwise run `rakuten-nb jobs worker`."
 
@@ -122,7 +122,7 @@ class ReviewSettings(JobSettings):
 class ApiSettings(ReviewSettings):
     "Tokens, limits and databases of the API."
     secret_key: SecretStr | None = None
-    "Signs the tokens of the API: 32 bytes at least, no default. `make serve` writes a random one into .env."
+    "Secret that signs the tokens of the API, 32 bytes or more; `make serve` writes a random one into .env."
     algorithm: Literal["HS256", "HS384", "HS512"] = "HS256"
     "Signature algorithm of tokens."
     access_token_expire_minutes: float = Field(30, gt=0, le=1440)
@@ -146,7 +146,7 @@ class Settings(ApiSettings):
     rakuten_log_dir: Path = Path("logs")
     "Folder of the rotating log files."
     rakuten_bundle: Path = Path("models/bundle")
-    "Bundle to predict with."
+    "Folder of the bundle to serve."
     rakuten_max_pixels: int = Field(50_000_000, gt=0)
     "Largest picture, in pixels; a larger one is rejected before it is decoded."
     paths: ClassVar[tuple[str, ...]] = ("rakuten_data_dir", "rakuten_log_dir", "rakuten_bundle")

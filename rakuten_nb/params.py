@@ -69,7 +69,7 @@ def read_yaml(
     except OSError as e: raise InputError(f"{path}: cannot be read: {e.strerror}") from None
     except UnicodeDecodeError as e: raise InputError(f"{path}: is not YAML: {e}") from None
     if not isinstance(content, dict | None):
-        raise InputError(f"{path}: expected sections such as split and text; found {type(content).__name__}")
+        raise InputError(f"{path}: expected sections such as `split:` and `text:`; found {type(content).__name__}")
     return {str(name): section for name, section in (content or {}).items()}
 
 # %% ../nbs/06_params.ipynb #ba5fb325
@@ -104,7 +104,7 @@ def error_text(
     bad = e.errors()[0]
     place, value = ".".join(str(part)[:60] for part in (*section, *bad["loc"])), str(bad["input"])[:60]
     if bad["type"] == "extra_forbidden": problem = unknown_name(place, fields_at(model, bad["loc"][:-1]))
-    elif bad["type"] in ("model_type", "dict_type"): problem = f"{place}: expected names and values"
+    elif bad["type"] in ("model_type", "dict_type"): problem = f"{place}: expected names with values"
     else: problem = f"{place}: {bad['msg']}"
     return f"{problem}; found {value!r}"
 
@@ -131,7 +131,7 @@ def read_section(
     if path is None: return model()
     content = read_yaml(path).get(name)
     if not isinstance(content, dict | None):
-        raise InputError(f"{path.name}: {name}: expected names and values; found {type(content).__name__}")
+        raise InputError(f"{path.name}: {name}: expected names with values; found {type(content).__name__}")
     return validated(model, content or {}, path.name, (name,))
 
 # %% ../nbs/06_params.ipynb #1c865011

@@ -125,7 +125,7 @@ def test_a_missing_file_is_refused_by_name(name: str, own_bundle: Path) -> None:
     (own_bundle / name).unlink()
     with pytest.raises(BundleError, match=re.escape(str(own_bundle / name))): load_bundle(own_bundle)
 
-def test_a_file_too_many_is_refused_by_name(own_bundle: Path) -> None:
+def test_an_extra_file_in_a_bundle_is_rejected_and_named(own_bundle: Path) -> None:
     (own_bundle / "experts/image/note.txt").write_text("left here", encoding="utf-8")
     with pytest.raises(BundleError, match=r"note\.txt"): load_bundle(own_bundle)
 

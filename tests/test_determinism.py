@@ -37,7 +37,7 @@ def test_a_seed_draws_the_same_sample(samples: dict[str, dict[str, bytes]]) -> N
     assert len(samples["once"]) > 20
     assert samples["once"] == samples["again"]
 
-def test_another_seed_draws_another_sample(samples: dict[str, dict[str, bytes]]) -> None:
+def test_different_seeds_give_different_samples(samples: dict[str, dict[str, bytes]]) -> None:
     once, other = samples["once"], samples["other"]
     assert once["X_train_update.csv"] != other["X_train_update.csv"]
     assert {name for name in once if name.endswith(".jpg")} & {name for name in other if name.endswith(".jpg")} == set()

@@ -699,7 +699,7 @@ def test_the_import_caches_the_download(either: FileServer, tmp_path: Path, samp
     done = [line for line in logged(tmp_path) if line["message"] == "import done"]
     assert len(done) == 2 and done[0]["train_rows"] == 400 and done[0]["origin"] == either.url
 
-def test_an_import_from_a_directory_and_a_hub_is_refused(tmp_path: Path, sample_catalog: Path) -> None:
+def test_import_rejects_a_directory_together_with_a_hub(tmp_path: Path, sample_catalog: Path) -> None:
     with pytest.raises(InputError, match="expected a catalogue directory or a hub; found both"):
         import_catalog(tmp_path / "raw", sample_catalog, hub="default")
     assert not (tmp_path / "raw").exists()

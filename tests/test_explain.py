@@ -149,7 +149,7 @@ def test_what_a_merchant_wrote_is_escaped(model: Bundle) -> None:
 def cells(path: Path) -> list[dict[str, str]]:
     with path.open(encoding="utf-8", newline="") as f: return list(csv.DictReader(f))
 
-def test_the_last_column_says_why(rakuten: Callable[..., Any], bundle: Path, sample_catalog: Path, tmp_path: Path) -> None:
+def test_explain_appends_one_column_to_the_predictions(rakuten: Callable[..., Any], bundle: Path, sample_catalog: Path, tmp_path: Path) -> None:
     few = tmp_path / "few"
     few.mkdir()
     lines = (sample_catalog / "X_test_update.csv").read_text(encoding="utf-8").splitlines()

@@ -319,7 +319,7 @@ def test_a_table_of_another_program_in_the_way_of_a_migration_stays(
     assert [c["name"] for c in sa.inspect(engine).get_columns(table)] == ["theirs"]
     engine.dispose()
 
-def test_the_script_of_the_old_store_writes_one(tmp_path: Path) -> None:
+def test_old_store_script_writes_a_version_2_store(tmp_path: Path) -> None:
     script = Path(old_store.__file__)
     url = f"sqlite:///{tmp_path}/store.sqlite"
     subprocess.run([sys.executable, script, url, tmp_path / "data", "2"], check=True, timeout=60)

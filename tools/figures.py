@@ -45,7 +45,7 @@ def bench_rows(files: list[Path]) -> list[Row]:
     def each(text: str, values: list[float]) -> str: return " and ".join(text.format(v) for v in values)
     latency = [median(r["ours_ms"]) for r in runs]
     return [{"measure": "median latency, title and picture", "value": each("{:.0f} ms", latency)},
-            {"measure": "the course's way", "value": each("{:.1f} times as long", [r["ratio"] for r in runs])},
+            {"measure": "the reference networks", "value": each("{:.1f} times as long", [r["ratio"] for r in runs])},
             {"measure": "start to ready", "value": each("{:.1f} s", [r["ready_seconds"] for r in runs])},
             {"measure": "memory", "value": f"{mean(r['memory_mb'] for r in runs):.0f} MB"},
             {"measure": "eight clients", "value": each("{:.0f} a second", [r["crowd_per_second"] for r in runs])}]

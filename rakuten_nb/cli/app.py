@@ -90,7 +90,8 @@ BundleArg = Annotated[Path, typer.Argument(
 ParamsOpt = Annotated[Path | None, typer.Option(
     "--params", metavar="FILE", help="A params.yaml; by default the built-in parameters.", show_default=False)]
 ExpertsOpt = Annotated[str | None, typer.Option(
-    "--experts", help="Comma-separated experts, or `text`, `image`; all by default.", show_default=False)]
+    "--experts", help="Comma-separated names; `text` or `image` for all of a kind; default: those of params.yaml.",
+    show_default=False)]
 
 # %% ../../nbs/cli/10_app.ipynb #b9445519
 JsonOpt = Annotated[Path | None, typer.Option(

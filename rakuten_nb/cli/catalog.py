@@ -29,7 +29,7 @@ def sample(
     seed: Annotated[int, typer.Option(min=0, help="Another seed draws other products of the same types.")] = 0,
     images: Annotated[bool, typer.Option("--images/--no-images", help="Draw pictures.")] = True,
 ) -> None:
-    "Create a synthetic catalogue in the challenge's layout."
+    "Create a synthetic catalogue in the layout of the Rakuten France challenge."
     from rakuten_nb.data.sample import make_sample
     make_sample(out, products, seed, images)
     out_console().print(f"{out}: {products:,} labelled products and {max(products // 10, 1):,} to predict")
@@ -44,7 +44,7 @@ def download(
     base_url: Annotated[str | None, typer.Option(metavar="URL", show_default=False,
                                                  help="Address of the files; RAKUTEN_DOWNLOAD_URL by default.")] = None,
 ) -> None:
-    "Download the challenge's catalogue: resumable, verified, unpacked."
+    "Download the catalogue of the Rakuten France challenge: resumable, verified, unpacked."
     from rakuten_nb.data.download import download_catalog
     if only not in {None, "text", "images"}: raise InputError(f"--only: expected text or images; found {only!r}")
     for name, outcome in download_catalog(out, only, base_url).items():
@@ -58,7 +58,7 @@ def check(
     quarantine: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the quarantined rows to this CSV file.",
                                                     show_default=False)] = None,
 ) -> None:
-    "Read everything, pictures included; report what is there, what is missing and what is quarantined."
+    "Check a catalogue, pictures included; report what is present, missing and quarantined (unusable)."
     cat = read_catalog(catalog)
     out_console().print(cat)
     if quarantine:
@@ -93,7 +93,7 @@ def audit(
     catalog: CatalogArg, out: AuditOut, experts: ExpertsOpt = None, params: ParamsOpt = None,
     bundle: AuditBundle = None, limit: AuditLimit = 20,
 ) -> None:
-    "Find labels that are probably wrong, by confident learning over out-of-fold probabilities."
+    "Find labels that are probably wrong, from out-of-fold probabilities (confident learning)."
     from rakuten_nb.evaluation.audit import AuditParams, audit_catalog, audit_with, write_audit
     from rakuten_nb.files import check_writable
     from rakuten_nb.models.bundle import load_bundle

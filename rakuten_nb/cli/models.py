@@ -105,7 +105,7 @@ PlotsOpt = Annotated[Path | None, typer.Option(
 
 @app.command()
 def evaluate(bundle: BundleArg, catalog: CatalogArg, json: JsonOpt = None, plots: PlotsOpt = None) -> None:
-    "Score a bundle on every labelled product that an expert sees."
+    "Score a bundle on all labelled products whose text or picture it can use."
     from rakuten_nb.evaluation.report import evaluate as score
     from rakuten_nb.evaluation.report import write_json, write_plots
     from rakuten_nb.files import check_writable
@@ -123,7 +123,8 @@ def evaluate(bundle: BundleArg, catalog: CatalogArg, json: JsonOpt = None, plots
 
 # %% ../../nbs/cli/30_models.ipynb #0c57753f
 OutOpt = Annotated[Path, typer.Option("--out", metavar="FILE", help="CSV file to write.", show_default=False)]
-SplitOpt = Annotated[str, typer.Option("--split", metavar="train|test|all", help="Which products.")]
+SplitOpt = Annotated[str, typer.Option(
+    "--split", metavar="train|test|all", help="Products to predict: X_train_update.csv, X_test_update.csv, or all.")]
 ExplainOpt = Annotated[bool, typer.Option(
     "--explain", help="Add a column with the explanation: tokens, picture, runner-up.")]
 
@@ -171,7 +172,7 @@ def gate(
     bundle: BundleArg, catalog: CatalogArg, champion: ChampionOpt = None, params: ParamsOpt = None,
     json: JsonOpt = None,
 ) -> None:
-    "Decide whether a model may be used: floors, behaviour and champion, on gold. Exit 0: yes, 3: no."
+    "Compare a model on gold with minimum scores, behaviour tests and the champion. Exit 0: accepted, 3: rejected."
     from rakuten_nb.evaluation.gate import GateParams
     from rakuten_nb.evaluation.gate import gate as decide
     from rakuten_nb.evaluation.report import write_json
@@ -223,6 +224,6 @@ def log_model(
     files: Annotated[list[Path], typer.Argument(metavar="FILE…", show_default=False,
                                                 help="A .h5 or .keras file with its tokenizer and mapper files.")],
 ) -> None:
-    "Log an existing Keras model to MLflow: read, saved in the current format, checked for equal predictions."
+    "Convert a Keras model to the current format, check that its predictions are unchanged, and log it to MLflow."
     from rakuten_nb.tracking.legacy_models import log_files
     out_console().print(log_files(files))

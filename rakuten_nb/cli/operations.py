@@ -22,7 +22,7 @@ def stage(
     name: Annotated[str, typer.Argument(metavar="NAME", show_default=False, help="import, prepare, text, image, fuse, "
                                         "evaluate, register or predict.")],
 ) -> None:
-    "Run one stage of the pipeline, as DVC does."
+    "Run one stage of the pipeline, with the command that DVC uses."
     from rakuten_nb.operations.pipeline import run_stage
     run_stage(name)
 
@@ -79,14 +79,14 @@ def data_pull() -> None:
 BenchBundle = Annotated[Path | None, typer.Option(
     "--bundle", metavar="DIR", help="Bundle to measure; RAKUTEN_BUNDLE by default.", show_default=False)]
 RoundsOpt = Annotated[int, typer.Option(
-    "--rounds", min=1, help="Rounds of 20 requests to the API and 4 of the course's way.")]
+    "--rounds", min=1, help="Rounds of 20 requests to the API and 4 to the reference networks.")]
 CourseOpt = Annotated[bool, typer.Option(
-    "--course/--no-course", help="Also measure VGG16 + LSTM through model.predict; needs TensorFlow.")]
+    "--course/--no-course", help="Compare with the reference networks, VGG16 and LSTM; needs TensorFlow.")]
 
 # %% ../../nbs/cli/60_operations.ipynb #b766d875
 @app.command()
 def bench(bundle: BenchBundle = None, rounds: RoundsOpt = 10, course: CourseOpt = True, json: JsonOpt = None) -> None:
-    "Measure the API: start, memory, latency of one client, throughput of eight, and the course's way in the same run."
+    "Measure the API: start, memory, latency, throughput of eight clients; compare with the reference networks."
     from rakuten_nb.evaluation.report import write_json
     from rakuten_nb.files import check_writable
     from rakuten_nb.operations.bench import bench_service
@@ -94,7 +94,7 @@ def bench(bundle: BenchBundle = None, rounds: RoundsOpt = 10, course: CourseOpt 
     result, con = bench_service(bundle or read_settings().rakuten_bundle, rounds, course), out_console()
     title = f"One product, {os.cpu_count()} processors, model {result.model_version}"
     con.print(rich_table(result.frame(), title, floatfmt=".1f"))
-    if course: con.print(f"the course's way takes {result.ratio:.1f} times as long")
+    if course: con.print(f"the reference networks take {result.ratio:.1f} times as long")
     con.print(f"ready after {result.ready_seconds:.1f} s, at most {result.memory_mb:,.0f} MB, "
               f"{result.crowd_per_second:.0f} predictions a second for eight clients")
     if json: write_json(json, result.to_json())

@@ -44,7 +44,7 @@ app.add_typer(users, name="users")
 NameArg = Annotated[str, typer.Argument(metavar="NAME", show_default=False)]
 PasswordStdin = Annotated[bool, typer.Option("--password-stdin", help="Read the password from standard input.")]
 RoleOpt = Annotated[str, typer.Option(
-    "--role", help="user: predictions, jobs, own feedback; reviewer: also review; admin: also administration.")]
+    "--role", help="user: predict, run jobs, give feedback; reviewer: also label the queue; admin: also load models.")]
 
 # %% ../../nbs/cli/40_store.ipynb #82d8c79f
 def _stdin_password() -> str:
@@ -118,11 +118,11 @@ def users_password(name: NameArg, password_stdin: PasswordStdin = False) -> None
     out_console().print(f"{name}: password changed")
 
 # %% ../../nbs/cli/40_store.ipynb #0195d1de
-feedback = typer.Typer(no_args_is_help=True, help="Labels given by people on served predictions.")
+feedback = typer.Typer(no_args_is_help=True, help="Labels that users gave on predictions of the API.")
 app.add_typer(feedback, name="feedback")
 
 @feedback.callback()
-def feedback_common() -> None: "Labels given by people on served predictions."
+def feedback_common() -> None: "Labels that users gave on predictions of the API."
 
 # %% ../../nbs/cli/40_store.ipynb #f08671b2
 def parse_day(
@@ -136,13 +136,14 @@ def parse_day(
 # %% ../../nbs/cli/40_store.ipynb #774a86d6
 ExportArg = Annotated[Path, typer.Argument(metavar="OUT", help="Catalogue directory to create.", show_default=False)]
 OntoOpt = Annotated[Path | None, typer.Option(
-    "--onto", metavar="CATALOG", help="Add the reviewed products to this catalogue.", show_default=False)]
+    "--onto", metavar="CATALOG", help="Start from the products of this catalogue.", show_default=False)]
 BesideOpt = Annotated[Path | None, typer.Option(
     "--catalog", metavar="CATALOG", help="Leave out near duplicates of this catalogue's gold.", show_default=False)]
 AnyOpt = Annotated[bool, typer.Option(
-    "--any", help="Also use labels of users who are not reviewers, where they agree and no reviewer labelled.")]
+    "--any", help="For a product that no reviewer labelled, use the label of other users if they all agree.")]
 SinceOpt = Annotated[str | None, typer.Option(
-    "--since", metavar="DAY", help="Only labels given since this day, such as 2026-11-24.", show_default=False)]
+    "--since", metavar="DAY", help="Only products last labelled on this day or later, such as 2026-11-24.",
+    show_default=False)]
 
 # %% ../../nbs/cli/40_store.ipynb #2ebbf18e
 def print_export(
@@ -164,7 +165,7 @@ def print_export(
 def feedback_export(
     out: ExportArg, onto: OntoOpt = None, catalog: BesideOpt = None, any_user: AnyOpt = False, since: SinceOpt = None,
 ) -> None:
-    "Write reviewed products as a catalogue for `rakuten-nb train`; gold and its near duplicates are left out."
+    "Write reviewed products as a training catalogue, without gold (the holdout) and its near duplicates."
     from rakuten_nb.data.catalog import read_catalog
     from rakuten_nb.files import check_writable
     from rakuten_nb.store.review_export import export_reviewed
@@ -198,12 +199,12 @@ def store_prune(dry_run: Annotated[bool, typer.Option("--dry-run", help="Only co
 
 # %% ../../nbs/cli/40_store.ipynb #097d371b
 ProductOpt = Annotated[str | None, typer.Option(
-    "--product", metavar="ID", help="Everything about this product.", show_default=False)]
+    "--product", metavar="ID", help="Erase all that is stored about this product.", show_default=False)]
 RequestOpt = Annotated[str | None, typer.Option(
-    "--request", metavar="ID", help="The product of this request, where it had no product id.", show_default=False)]
+    "--request", metavar="ID", help="Erase what was sent with this request id.", show_default=False)]
 UserOpt = Annotated[str | None, typer.Option(
     "--user", metavar="NAME", show_default=False,
-    help="This user: account, predictions, feedback, jobs. With --request: the user who sent it.")]
+    help="Erase this user with predictions, feedback and jobs; with --request: its sender.")]
 YesOpt = Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")]
 
 # %% ../../nbs/cli/40_store.ipynb #17308ec4
@@ -224,7 +225,7 @@ def erase_target(
 def store_erase(
     product: ProductOpt = None, request: RequestOpt = None, user: UserOpt = None, yes: YesOpt = False,
 ) -> None:
-    "Erase one product, one request or one user, at once and for good."
+    "Erase one product, request or user now; this cannot be undone."
     from rakuten_nb.store.retention import erase_product, erase_request, erase_user, truncate_log
     what, name = erase_target(product, request, user)
     if not yes:

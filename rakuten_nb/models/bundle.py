@@ -54,7 +54,7 @@ class Prediction:
 # %% ../../nbs/models/80_bundle.ipynb #bc8558e8
 @dataclass
 class Predictions:
-    "The answers for n products, as arrays."
+    "The predictions for n products, as arrays."
     proba: np.ndarray # (n, 27)
     shares: np.ndarray # (n, experts), in the order of `experts`
     experts: list[str]

@@ -185,7 +185,7 @@ def ngram_network(
     keras: Any,
     size: int, # number of n-grams
     units: int, # of the hidden layer
-    dropout: float, # share of units that a step ignores
+    dropout: float, # share of hidden units dropped in each training step
     classes: int,
 ) -> Any: # keras.Model: (n, size) sparse → (n, classes)
     "One hidden layer over a bag of n-grams."

@@ -199,7 +199,8 @@ def import_keras() -> Any: # the module
     try:
         with quiet_stderr(): return import_module("keras")
     except ModuleNotFoundError:
-        raise InputError("the course's way needs TensorFlow (the extra `train`); --no-course leaves it out") from None
+        raise InputError("the reference networks need TensorFlow (the extra `train`); "
+                         "--no-course leaves them out") from None
 
 # %% ../../nbs/operations/20_bench.ipynb #0c0183f5
 def course_models(

@@ -75,7 +75,7 @@ def stage_parameters(
     check_sections(params, [name, *stages])
     values = {} if params.get(section) is None else params[section]
     if not isinstance(values, dict):
-        raise InputError(f"params.yaml: {section}: expected names and values; found {type(values).__name__}")
+        raise InputError(f"params.yaml: {section}: expected names with values; found {type(values).__name__}")
     if unknown := sorted(str(name) for name in values if name not in declared):
         expected = ", ".join(sorted(declared - {"seed"})) or "none"
         raise InputError(f"params.yaml: {section}.{unknown[0]} is not known to {notebook.name}; expected {expected}")
@@ -139,7 +139,7 @@ def run_stage(
     root: Path | None = None, # of the project
     params: Path | None = None, # params.yaml at the root by default
 ) -> Path: # the executed notebook, in reports/runs/
-    "Run one stage of the pipeline, as DVC does."
+    "Run one stage of the pipeline, with the command that DVC uses."
     root = root or project_root()
     notebook = stage_notebook(root, name)
     values = stage_parameters(name, notebook, read_yaml(params or root / "params.yaml"), stage_notebooks(root))
