@@ -34,3 +34,11 @@ def make_project(project: Path) -> None:
     shutil.copy(ROOT / ".dvc/config", project / ".dvc")
     subprocess.run(["git", "init", "--quiet", project], check=True)
     change(project, import_={"products": PRODUCTS}, split={"folds": 2}, text={"experts": {"text_linear": {"C": 1.0}}})
+
+def check_rejected(tell: Tell, project: Path, stage: str, words: tuple[str, ...]) -> None:
+    "Assert that a stage fails with exit code 2 and one line that contains all `words`."
+    result = tell(project, "rakuten-nb", "stage", stage)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert (result.returncode, len(errors)) == (2, 1), result.stderr
+    for word in words: assert word in errors[0]
+    assert "Traceback" not in result.stdout + result.stderr

@@ -25,7 +25,7 @@ from rakuten_nb.cli.app import (
 )
 from ..config import read_settings
 from ..console import out_console, rich_table
-from ..data.catalog import advice, read_catalog
+from ..data.catalog import read_catalog
 from ..errors import AnswerIsNo, InputError
 
 if TYPE_CHECKING:
@@ -67,10 +67,10 @@ def train(
     check_bundle_place(bundle)
     parameters = read_params(params)
     parameters.chosen(experts)
-    cat = read_catalog(catalog)
+    cat = read_catalog(catalog, folds=parameters.split.folds)
     report_quarantine(cat)
     model, _ = fit(cat, parameters, experts, keep_gold)
-    for line in advice(cat.train, parameters.split.folds): note(line)
+    for line in cat.warnings: note(line)
     version = save_bundle(model, bundle)
     print_training(model, parameters.split.folds)
     out_console().print(f"{bundle}: model {version}, trained on {model.about['data']['trained_on']:,} products")

@@ -71,7 +71,7 @@ ServeUri = Annotated[str | None, typer.Option(
     "--model-uri", metavar="URI", show_default=False,
     help="Registered model to serve, such as models:/rakuten-product-type@champion; RAKUTEN_MODEL_URI by default.")]
 HostOpt = Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for all interfaces.")]
-PortOpt = Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen at.")]
+PortOpt = Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on.")]
 SecretOpt = Annotated[bool, typer.Option("--make-secret", help="Write a random SECRET_KEY into .env if none is set.")]
 
 # %% ../../nbs/cli/50_service.ipynb #da2f5373

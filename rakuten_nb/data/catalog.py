@@ -420,6 +420,7 @@ def check_layout(
 def read_catalog(
     root: Path | str, # a catalogue directory
     max_pixels: int | None = None, # `Settings.rakuten_max_pixels` by default
+    folds: int = 5, # of the cross-validation that the warnings are about
 ) -> Catalog:
     "Read and check a catalogue directory, pictures included; raises `InputError` where it is not one."
     root = Path(root)
@@ -429,7 +430,7 @@ def read_catalog(
     if not len(p): raise InputError(f"{root / 'X_train_update.csv'}: expected products; found a header and no row")
     is_test = np.arange(len(p)) >= len(splits[0])
     quarantine = quarantine_parts(p, max_pixels or read_settings().rakuten_max_pixels)
-    return Catalog(root, p, is_test, quarantine, absent_files(root) + advice(p[~is_test]))
+    return Catalog(root, p, is_test, quarantine, absent_files(root) + advice(p[~is_test], folds))
 
 # %% ../../nbs/data/15_catalog.ipynb #246a4274
 def data_hash(

@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ..config import get_logger
 from ..data.catalog import Catalog, Products, safe_cell
@@ -24,12 +24,12 @@ from ..errors import InputError, TooLittleData
 from ..files import atomic_file
 from ..models.bundle import Bundle
 from ..models.training import OutOfFold, TrainParams, check_enough, fuse_runs, run_experts
+from ..params import Section
 from ..taxonomy import CODES, PRODUCT_TYPES
 
 # %% ../../nbs/evaluation/30_audit.ipynb #f340098f
-class AuditParams(BaseModel):
+class AuditParams(Section):
     "How labels are audited."
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
     min_class_rows: int = Field(5, ge=2)
     "A product type with fewer judged products is left out: of so few no mark can be made, and all would look wrong."
     found_by: Literal["confident_learning", "low_normalized_margin", "prune_by_noise_rate", "prune_by_class", "both"] = "confident_learning"

@@ -19,24 +19,25 @@ from typing import Annotated
 import numpy as np
 import pandas as pd
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from ..data.catalog import Products
 from ..data.picture import decode_picture
 from ..data.split import full_text
 from ..metrics import weighted_f1
 from ..models.bundle import Bundle, fingerprints
+from ..params import Section
 from ..taxonomy import CODES
 
 # %% ../../nbs/evaluation/40_behaviour.ipynb #125fc753
 Share = Annotated[float, Field(ge=0, le=1)]
 
-class BehaviourParams(BaseModel):
+class BehaviourParams(Section, strict=True, allow_inf_nan=False):
     "What a model's behaviour is held to; the defaults hold for a model of the embedded sample."
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
     rows: int = Field(200, ge=1)
     "Products that one test asks at most."
-    unchanged: dict[str, Share] = {"upper case": 0.99, "no accents": 0.9, "HTML": 0.99, "JPEG again": 0.9, "cropped": 0.85}
+    unchanged: dict[str, Share] = Field({"upper case": 0.99, "no accents": 0.9, "HTML": 0.99, "JPEG again": 0.9,
+                                         "cropped": 0.85})
     "Change → smallest share of answers that it leaves as they were; what is not listed is not tested."
     moved: float = Field(0.05, ge=0, le=1)
     "Largest mean change of the answer's probability under such a change."
@@ -44,7 +45,7 @@ class BehaviourParams(BaseModel):
     "Quality with which pictures are encoded again."
     crop: float = Field(0.03, ge=0, lt=0.5)
     "Share of a picture's width and height that is cut off at each border."
-    words: dict[int, Annotated[str, Field(pattern=r"\S")]] = {}
+    words: dict[int, Annotated[str, Field(pattern=r"\S")]] = Field({})
     "Product type code → a word that tells it, such as `2583: piscine`; the others' words are learned from the products."
     direction: float = Field(0.9, ge=0, le=1)
     "Smallest share of products in which a telling word raises the probability of its type."

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ..config import get_logger
 from ..data.catalog import Catalog
@@ -22,12 +22,12 @@ from .behaviour import BehaviourParams, Check, behaviour_checks, checks_frame, s
 from ..metrics import bootstrap_interval, class_scores, ece, paired_difference, weighted_f1
 from ..models.bundle import Bundle
 from ..models.training import SplitParams
+from ..params import Section
 from ..taxonomy import CODES
 
 # %% ../../nbs/evaluation/50_gate.ipynb #ab2913e9
-class GateParams(BaseModel):
+class GateParams(Section, strict=True, allow_inf_nan=False):
     "What a model is held to before it is used; the defaults hold for a model of the embedded sample."
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
     weighted_f1: float = Field(0.65, ge=0, le=1)
     "Smallest weighted F1 on gold."
     ece: float = Field(0.12, ge=0, le=1)

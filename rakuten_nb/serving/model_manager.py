@@ -149,7 +149,6 @@ class ModelManager:
         served = self._served
         return ModelStatus(served.version if served else "", self._error)
 
-
     def wake(self) -> None:
         "Poll now instead of at the next interval."
         self._wake.set()

@@ -84,9 +84,9 @@ class ReviewGauges:
     "Predictions that wait for review, and the accuracy of predictions with feedback, as the store has them."
     texts: ClassVar[dict[str, str]] = {
         "rakuten_feedback_predictions": "Predictions with feedback",
-             "rakuten_live_accuracy": "Share of predictions with feedback that were right, 0 to 1",
-             "rakuten_live_accuracy_low": "Lower end of the 95 % interval of the accuracy",
-             "rakuten_live_accuracy_high": "Upper end of the 95 % interval of the accuracy"}
+        "rakuten_live_accuracy": "Share of predictions with feedback that were right, 0 to 1",
+        "rakuten_live_accuracy_low": "Lower end of the 95 % interval of the accuracy",
+        "rakuten_live_accuracy_high": "Upper end of the 95 % interval of the accuracy"}
 
     def __init__(self, registry: CollectorRegistry):
         self.waiting = Gauge("rakuten_review_waiting", "Products that wait for review.", registry=registry)

@@ -11,7 +11,6 @@ __all__ = ['KINDS', 'NEEDED', 'OPTIONAL', 'LONGEST_ROW', 'CHUNK_ROWS', 'CHUNK_CH
 # %% ../../nbs/store/45_job_files.ipynb #486afb25
 import csv
 import json
-import os
 import re
 import shutil
 import time
@@ -21,7 +20,7 @@ from pathlib import Path
 from ..config import Settings
 from ..data.catalog import Product, csv_rows, safe_cell
 from ..errors import InputError
-from ..files import atomic_file
+from ..files import atomic_file, link_or_copy
 from ..models.bundle import COLUMNS
 from .archives import TooLarge, member_pieces, open_archive
 from .database import Store
@@ -216,8 +215,7 @@ def _link_file(path: Path, link: Path) -> None:
     "Show a file in another folder."
     link.parent.mkdir(parents=True, exist_ok=True)
     link.unlink(missing_ok=True)
-    try: os.link(path, link)
-    except OSError: shutil.copyfile(path, link)
+    link_or_copy(path, link)
 
 # %% ../../nbs/store/45_job_files.ipynb #5622df74
 def write_files(
