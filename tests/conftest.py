@@ -141,9 +141,9 @@ def hard_catalog(shared: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(shared: Path, sample_catalog: Path, hard_catalog: Path, python: Run) -> Path:
-    "bundle/, and what the process that trained it said of the hard products (said.npz) and of its own (judgement/)."
+    "A trained bundle/, its process's predictions of the hard products (predictions.npz), and out_of_fold/."
     def make(part: Path) -> None:
-        answer = python(ROOT / "tests/train_and_say.py", sample_catalog, hard_catalog, part)
+        answer = python(ROOT / "tests/train_and_predict.py", sample_catalog, hard_catalog, part)
         assert answer.returncode == 0, answer.stderr
     return once(shared / "trained", make)
 

@@ -65,7 +65,7 @@ def test_predicts_fifty_hard_products_as_the_command_line_does(
     api: ApiProcess, marie: dict[str, str], trained: Path, hard_catalog: Path,
 ) -> None:
     products = read_catalog(hard_catalog).split("all")
-    with np.load(trained / "said.npz", allow_pickle=False) as expected:
+    with np.load(trained / "predictions.npz", allow_pickle=False) as expected:
         codes, confidence = expected["code"], expected["confidence"]
     assert len(products) == HOW_MANY
     for i in range(HOW_MANY):

@@ -54,7 +54,7 @@ def print_training(
 @app.command()
 def train(
     catalog: CatalogArg,
-    bundle: Annotated[Path, typer.Option(metavar="OUT", help="Folder to write the bundle to.", show_default=False)],
+    bundle: Annotated[Path, typer.Option(metavar="BUNDLE", help="Folder to write the bundle to.", show_default=False)],
     experts: ExpertsOpt = None,
     params: ParamsOpt = None,
     keep_gold: Annotated[bool, typer.Option("--keep-gold", help="Never train on gold rows, so that bundles can be "
@@ -66,7 +66,7 @@ def train(
     from rakuten_nb.models.training import train as fit
     check_bundle_place(bundle)
     parameters = read_params(params)
-    parameters.chosen(experts)
+    parameters.chosen(experts) # raises `InputError` if an expert does not exist, before the catalogue is read
     cat = read_catalog(catalog, folds=parameters.split.folds)
     report_quarantine(cat)
     model, _ = fit(cat, parameters, experts, keep_gold)
@@ -202,7 +202,7 @@ UriArg = Annotated[str, typer.Argument(
 @model.command("pull")
 def model_pull(
     uri: UriArg,
-    to: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write the bundle to.", show_default=False)],
+    to: Annotated[Path, typer.Option(metavar="BUNDLE", help="Folder to write the bundle to.", show_default=False)],
 ) -> None:
     "Download a registered model as a bundle, and verify it."
     from rakuten_nb.tracking.registry import pull_bundle

@@ -158,7 +158,7 @@ def print_export(
     con = out_console()
     con.print(rich_table(pd.DataFrame([{"what": what, "products": n} for what, n in rows.items()])))
     more = "" if onto else "; --onto CATALOG adds them to a catalogue"
-    con.print(f"{out}: catalogue written; `rakuten-nb train {out} --bundle OUT` trains on it{more}", soft_wrap=True)
+    con.print(f"{out}: catalogue written; `rakuten-nb train {out} --bundle BUNDLE` trains on it{more}", soft_wrap=True)
 
 # %% ../../nbs/cli/40_store.ipynb #3efa7a3c
 @feedback.command("export")

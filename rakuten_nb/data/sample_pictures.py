@@ -105,10 +105,10 @@ OBJECTS: dict[str, str] = {} # name → shapes
 @dataclass(frozen=True)
 class Shape:
     "One shape of an object."
-    kind: str # letter
-    numbers: tuple[float, ...]
-    slot: str # of a text: where it is drawn from
-    paint: str
+    kind: str # letter of the table above
+    numbers: tuple[float, ...] # coordinates and sizes, shares of the unit square
+    slot: str # only of a text: the slot of the sample's words that fills it
+    paint: str # a letter of the palette, or a key of `PAINTS`, with an optional tone
 
 # %% ../../nbs/data/40_sample_pictures.ipynb #9eac5880
 def is_number(field: str) -> bool:
@@ -688,10 +688,10 @@ OBJECTS |= {
 @dataclass(frozen=True)
 class Look:
     "How one product type is shown; each field holds options separated by `|`."
-    objects: str
-    palettes: str
-    backgrounds: str = "white|white|white|tint"
-    layouts: str = "single"
+    objects: str # names of objects to draw
+    palettes: str # names of colour palettes
+    backgrounds: str = "white|white|white|tint" # names of backgrounds
+    layouts: str = "single" # how many objects, and where
 
 # %% ../../nbs/data/40_sample_pictures.ipynb #26fa03ca
 LOOKS: dict[int | str, Look] = {} # product type code, or group → look

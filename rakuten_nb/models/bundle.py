@@ -40,7 +40,7 @@ class Prediction:
     confidence: float # calibrated probability of the answer
     needs_review: bool
     top5: list[tuple[int, float]] # (prdtypecode, probability), likeliest first
-    experts: dict[str, float] # the experts that saw the product → their share of the evidence
+    experts: dict[str, float] # name of each expert that saw the product → its share of the evidence, 0 to 1
     error: str = ""
 
     def _repr_markdown_(self) -> str:
@@ -56,7 +56,7 @@ class Prediction:
 class Predictions:
     "The predictions for n products, as arrays."
     proba: np.ndarray # (n, 27)
-    shares: np.ndarray # (n, experts), in the order of `experts`
+    shares: np.ndarray # (n, experts): share of each expert in the evidence, rows sum to 1 where an expert saw the product
     experts: list[str]
     seen: np.ndarray # (n,) bool: at least one expert sees the product
     threshold: float # a lower confidence needs review

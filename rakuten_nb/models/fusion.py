@@ -53,7 +53,7 @@ def fit_pattern(
     y: np.ndarray, # (n,) class indices
     start: Pattern, # the prior's mean
     seen: list[np.ndarray] | None = None, # m arrays (n,) bool: rows in which an expert counts; None: all
-    precision: float = 20.0, # of the prior: 1 / variance
+    precision: float = 20.0, # 1 / variance of the Gaussian prior on the parameters
 ) -> Pattern:
     "Weights and biases with the greatest posterior probability."
     m, rows = len(logs), np.arange(len(y))
@@ -142,7 +142,7 @@ def shared_pattern(
     logs: list[np.ndarray], # one array (n, k) for each expert
     seen: np.ndarray, # (n, experts) bool
     y: np.ndarray, # (n,) class indices
-    precision: float, # of the prior
+    precision: float, # 1 / variance of the prior
 ) -> Pattern: # weights of all experts
     "One set of weights and biases for all rows."
     m, k = len(logs), logs[0].shape[1]
@@ -166,7 +166,7 @@ def fit_members(
     logs: list[np.ndarray], # one array (n, k) for each expert of the pattern
     y: np.ndarray, # (n,) class indices
     start: Pattern, # the shared pattern, of these experts
-    precision: float, # of the prior
+    precision: float, # 1 / variance of the prior
 ) -> Pattern:
     "The pattern of some experts, fitted on rows that all of them see."
     if len(logs) > 1: return fit_pattern(logs, y, start, precision=precision)
@@ -177,7 +177,7 @@ def fit_fusion(
     probs: Mapping[str, np.ndarray], # expert → (n, k) out-of-fold probabilities
     y: np.ndarray, # (n,) int class indices
     sees: Seen = None, # expert → (n,) bool; None: all seen
-    precision: float = 20.0, # of the prior that pulls each pattern towards the shared one
+    precision: float = 20.0, # 1 / variance of the prior; a higher one pulls patterns to the shared parameters
 ) -> Fusion:
     "Fit one pattern for each set of experts, on the rows that at least those see."
     if not probs: raise InputError("fusion: expected probabilities of at least one expert; found none")
