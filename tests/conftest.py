@@ -15,7 +15,7 @@ import pytest
 if TYPE_CHECKING:
     from api_process import ApiProcess
     from fork_server import ForkServer
-    from pipeline_copy import Tell
+    from pipeline_copy import RunInProject
     from servers import Postgres, RedisServer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,7 +71,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterat
         line = f"{len(reasons)} skipped, and RAKUTEN_FORBID_SKIPS is set: this run fails"
         terminalreporter.write_line(line, red=True)
 
-# --- made once in a run and shared by its workers
+# --- created once in a run and shared by its workers
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -97,8 +97,8 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 def env(shared: Path) -> dict[str, str]:
     "The environment of processes that tests start: the package of this tree; caches, logs and bytecode outside it."
     own = {"PYTHONPATH": str(ROOT), "RAKUTEN_DATA_DIR": str(shared / "data"), "RAKUTEN_LOG_DIR": str(shared / "logs"),
-           "OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true", # without bytecode a start takes three times as long
-           "PYTHONPYCACHEPREFIX": str(shared / "bytecode")}
+           "OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true",
+           "PYTHONPYCACHEPREFIX": str(shared / "bytecode")} # without bytecode a start takes three times as long
     private = ("RAKUTEN_", "MLFLOW_", "DAGSHUB_", "AWS_", "PYTHONDONTWRITEBYTECODE")
     return {k: v for k, v in os.environ.items() if not k.startswith(private)} | own
 
@@ -135,7 +135,7 @@ def sample_catalog(shared: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def hard_catalog(shared: Path) -> Path:
-    "Fifty products that are hard to read in the same way twice."
+    "Fifty products that are hard to decode consistently."
     from hard_products import write_hard_products
     return once(shared / "hard", write_hard_products)
 
@@ -155,29 +155,34 @@ def bundle(trained: Path) -> Path:
 # --- the pipeline
 
 @pytest.fixture(scope="session")
-def tell(env: dict[str, str]) -> "Tell":
-    "Runs a command of the project's environment in a copy of the project, whose package it uses; `extra` adds to its environment."
+def run_in_project(env: dict[str, str]) -> "RunInProject":
+    "Runs a command in a copy of the project, with the copy's package; `extra` adds to the environment."
     programs = Path(sys.executable).parent
-    def run(project: Path, command: str, *args: object, extra: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-        own = env | {"PYTHONPATH": str(project), "PATH": f"{programs}:{env['PATH']}", "DVC_NO_ANALYTICS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"} | (extra or {})
-        return subprocess.run([programs / command, *map(str, args)], cwd=project, env=own, capture_output=True, text=True, check=False)
+    settings = {"PATH": f"{programs}:{env['PATH']}", "DVC_NO_ANALYTICS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    def run(
+        project: Path, command: str, *args: object, extra: dict[str, str] | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        own = env | settings | {"PYTHONPATH": str(project)} | (extra or {})
+        words = [programs / command, *map(str, args)]
+        return subprocess.run(words, cwd=project, env=own, capture_output=True, text=True, check=False)
     return run
 
 @pytest.fixture(scope="session")
-def finished(shared: Path, bundle: Path, tell: "Tell") -> Path: # after the bundle, so that the exported backbone is in the cache
-    "A copy of the project in which the pipeline has run once; what it said is in said.txt."
+def finished_project(shared: Path, bundle: Path, run_in_project: "RunInProject") -> Path:
+    "A folder with project/, in which the pipeline has run once, and repro.txt, the output of that run."
+    # `bundle` is requested for its side effect: the exported backbone is in the cache.
     from pipeline_copy import make_project
     def make(part: Path) -> None:
         make_project(part / "project")
-        answer = tell(part / "project", "dvc", "repro")
+        answer = run_in_project(part / "project", "dvc", "repro")
         assert answer.returncode == 0, answer.stdout + answer.stderr
-        (part / "said.txt").write_text(answer.stdout + answer.stderr, encoding="utf-8")
-    return once(shared / "finished", make)
+        (part / "repro.txt").write_text(answer.stdout + answer.stderr, encoding="utf-8")
+    return once(shared / "finished_project", make)
 
 @pytest.fixture
-def project(finished: Path, tmp_path: Path) -> Path:
-    "A copy of the finished project that may be changed."
-    return Path(shutil.copytree(finished / "project", tmp_path / "project", symlinks=True))
+def project(finished_project: Path, tmp_path: Path) -> Path:
+    "A copy of the finished project that a test may change."
+    return Path(shutil.copytree(finished_project / "project", tmp_path / "project", symlinks=True))
 
 # --- the API
 
@@ -191,19 +196,19 @@ def api(shared: Path, env: dict[str, str], bundle: Path, worker_id: str) -> Iter
 
 @pytest.fixture
 def own_api(tmp_path: Path, env: dict[str, str], bundle: Path) -> Iterator["ApiProcess"]:
-    "An API that a test may do anything to, with a bundle of its own in `home/bundle`; not started yet."
+    "An API for one test, not started yet; its bundle is a copy that may be changed."
     from api_process import ApiProcess
     own = ApiProcess(env, tmp_path / "api", Path(shutil.copytree(bundle, tmp_path / "api/bundle")))
     yield own
     own.__exit__()
 
-# --- the servers that it may have beside it: mark the test `services` and `needs_postgres` or `needs_redis`
+# --- PostgreSQL and Redis; mark such a test `services`, and `needs_postgres` or `needs_redis`
 
 needs_postgres, needs_redis = needs("postgres", "postgresql"), needs("redis-server")
 
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator["Postgres"]:
-    "A running PostgreSQL; whoever stops it starts it again."
+    "A running PostgreSQL; a test that stops it starts it again."
     from servers import Postgres
     with Postgres() as running: yield running
 
@@ -214,7 +219,7 @@ def postgres(postgres_server: "Postgres") -> str:
 
 @pytest.fixture(scope="session")
 def redis_server() -> Iterator["RedisServer"]:
-    "A running Redis; whoever stops it starts it again."
+    "A running Redis; a test that stops it starts it again."
     from servers import RedisServer
     with RedisServer() as running: yield running
 

@@ -248,7 +248,7 @@ def test_log_in_refuses_a_wrong_form(api: ApiProcess) -> None:
     too_long = {"username": "long", "password": "x" * 73}
     assert "72 bytes" in problem(api.client.post("/token", data=too_long), 401)["detail"]
 
-def test_slows_down_guesses_of_a_password_by_user_and_address(api: ApiProcess) -> None:
+def test_limits_failed_logins_by_user_and_address(api: ApiProcess) -> None:
     guess = lambda name: api.client.post("/token", data={"username": name, "password": "wrong"})
     assert [guess("victor").status_code for _ in range(6)] == [401] * 5 + [429]
     response = guess("victor")
@@ -372,7 +372,7 @@ def test_the_openapi_document_describes_every_route(api: ApiProcess) -> None:
 
 # --- start, reload and stop
 
-def test_waits_for_a_model(own_api: ApiProcess) -> None:
+def test_is_ready_once_a_model_appears(own_api: ApiProcess) -> None:
     (own_api.home / "bundle").rename(own_api.home / "later")
     own_api.start().add_users(marie="user", root="admin")
     problem(own_api.client.get("/ready"), 503)

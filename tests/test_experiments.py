@@ -1,6 +1,6 @@
-"""Experiments as a data scientist makes them with DVC: a parameter tried in place, another in the queue, compared, kept, forgotten.
+"""Experiments with DVC: parameters changed in place and in the queue, results compared, one applied, all removed.
 
-They are made once, in a copy of the project whose run is committed (dvc.lock); the tests look at what they left."""
+The experiments run once, in a copy of the project whose run is committed (dvc.lock). The tests examine the results."""
 import json
 import shutil
 import subprocess
@@ -11,103 +11,124 @@ from typing import Any
 import pytest
 import yaml
 from conftest import once
-from pipeline_copy import Tell, ran
+from pipeline_copy import RunInProject, executed_stages
 
-pytestmark = pytest.mark.services # of DVC's queue, and by the minutes they take
+pytestmark = pytest.mark.services # runs DVC's queue, for minutes
 WAIT = 180 # seconds for the queue
 C, PRIOR = "text.experts.text_linear.C", "fuse.prior_precision"
-QUIETLY = "import subprocess, sys; sys.exit(subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode)"
+
+# Runs a command without output: DVC's queue worker would hold the pipes of the test open.
+QUIET = """
+import subprocess, sys
+nowhere = subprocess.DEVNULL
+sys.exit(subprocess.run(sys.argv[1:], stdout=nowhere, stderr=nowhere).returncode)
+"""
 
 def git(project: Path, *words: str) -> str:
-    "What git answers."
-    person = ["-c", "user.name=A", "-c", "user.email=a@example.org"]
-    return subprocess.run(["git", *person, *words], cwd=project, check=True, capture_output=True, text=True).stdout
+    "The output of a git command."
+    author = ["-c", "user.name=A", "-c", "user.email=a@example.org"]
+    command = ["git", *author, *words]
+    return subprocess.run(command, cwd=project, check=True, capture_output=True, text=True).stdout
 
-def done(project: Path, tell: Tell, *words: str) -> str:
-    "What DVC says, which must have worked."
-    answer = tell(project, "dvc", *words)
+def dvc(project: Path, run_in_project: RunInProject, *words: str) -> str:
+    "The output of a DVC command, which must succeed."
+    answer = run_in_project(project, "dvc", *words)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     return answer.stdout
 
-def wait_for(project: Path, name: str) -> None:
-    "Until the experiment is in git, where DVC puts it when it is through."
+def wait_for_experiment(project: Path, name: str) -> None:
+    "Wait until a queued experiment has ended: then DVC stores it in git."
     deadline = time.monotonic() + WAIT
     while name not in git(project, "for-each-ref", "--format=%(refname:lstrip=-1)", "refs/exps").split():
-        assert time.monotonic() < deadline, "the queue did not come to an end"
+        assert time.monotonic() < deadline, "the queue did not end"
         time.sleep(0.5)
 
+def run_experiments(project: Path, run_in_project: RunInProject) -> dict[str, str]: # name → output
+    "Queue experiment firm, run flat and drawn one after the other in place, then run the queue."
+    def experiment(name: str, setting: str, *options: str) -> str:
+        return dvc(project, run_in_project, "exp", "run", *options, "--name", name, "-S", setting, "evaluate")
+    outputs = {"queued": experiment("firm", f"{PRIOR}=500", "--queue"), "flat": experiment("flat", f"{C}=0.02"),
+               "drawn": experiment("drawn", "evaluate.plots=out_of_fold")}
+    try:
+        run_in_project(project, "python", "-c", QUIET, "dvc", "queue", "start")
+        wait_for_experiment(project, "firm")
+        outputs["firm"] = dvc(project, run_in_project, "queue", "logs", "firm")
+    finally: run_in_project(project, "python", "-c", QUIET, "dvc", "queue", "stop")
+    return outputs
+
 @pytest.fixture(scope="session")
-def explored(shared: Path, finished: Path, tell: Tell) -> Path:
-    "The project, its run committed, with three experiments: two made in place, one after the other, and one by the queue."
+def explored(shared: Path, finished_project: Path, run_in_project: RunInProject) -> Path:
+    "A folder with project/ after three experiments, outputs.json of their runs, and the table experiments.json."
     def make(part: Path) -> None:
-        project = Path(shutil.copytree(finished / "project", part / "project", symlinks=True))
+        project = Path(shutil.copytree(finished_project / "project", part / "project", symlinks=True))
         git(project, "add", "--all")
         git(project, "commit", "--quiet", "--message", "A run")
-        said = {"queued": done(project, tell, "exp", "run", "--queue", "--name", "firm", "-S", f"{PRIOR}=500", "evaluate"),
-                "flat": done(project, tell, "exp", "run", "--name", "flat", "-S", f"{C}=0.02", "evaluate"),
-                "drawn": done(project, tell, "exp", "run", "--name", "drawn", "-S", "evaluate.plots=out_of_fold", "evaluate")}
-        try:
-            tell(project, "python", "-c", QUIETLY, "dvc", "queue", "start") # its worker would hold on to our pipes
-            wait_for(project, "firm")
-            said["firm"] = done(project, tell, "queue", "logs", "firm")
-        finally: tell(project, "python", "-c", QUIETLY, "dvc", "queue", "stop")
-        (part / "said.json").write_text(json.dumps(said), encoding="utf-8")
-        (part / "shown.json").write_text(done(project, tell, "exp", "show", "--json"), encoding="utf-8")
+        outputs = run_experiments(project, run_in_project)
+        (part / "outputs.json").write_text(json.dumps(outputs), encoding="utf-8")
+        table = dvc(project, run_in_project, "exp", "show", "--json")
+        (part / "experiments.json").write_text(table, encoding="utf-8")
     return once(shared / "explored", make)
 
 @pytest.fixture
-def mine(explored: Path, tmp_path: Path) -> Path:
-    "A copy that may be changed."
+def own_copy(explored: Path, tmp_path: Path) -> Path:
+    "A copy that a test may change."
     return Path(shutil.copytree(explored / "project", tmp_path / "project", symlinks=True))
 
-def shown(explored: Path) -> dict[str, dict[str, Any]]:
-    "What `dvc exp show` tells of each experiment, and of the commit they started from."
-    commit = json.loads((explored / "shown.json").read_text(encoding="utf-8"))[1]
-    found = {e["name"]: e["revs"][0]["data"] for e in commit["experiments"]}
-    return {"start": commit["data"], **found}
+def experiment_table(explored: Path) -> dict[str, dict[str, Any]]: # name → parameters and metrics
+    "The experiments of `dvc exp show`, and under `start` the commit on which they are based."
+    commit = json.loads((explored / "experiments.json").read_text(encoding="utf-8"))[1]
+    experiments = {e["name"]: e["revs"][0]["data"] for e in commit["experiments"]}
+    return {"start": commit["data"], **experiments}
 
-def parameters(told: dict[str, Any]) -> dict[str, Any]:
+def parameters(experiment: dict[str, Any]) -> dict[str, Any]:
     "The params.yaml of an experiment."
-    return dict(told["params"]["params.yaml"]["data"])
+    return dict(experiment["params"]["params.yaml"]["data"])
 
-def figure(told: dict[str, Any], rows: str = "out_of_fold") -> float:
-    "The first figure of an experiment."
-    return float(told["metrics"][f"metrics/{rows}.json"]["data"]["fused"]["log_loss"])
+def log_loss(experiment: dict[str, Any]) -> float:
+    "The out-of-fold log loss of an experiment."
+    return float(experiment["metrics"]["metrics/out_of_fold.json"]["data"]["fused"]["log_loss"])
 
-def test_only_what_the_parameter_touches_runs(explored: Path) -> None:
-    said = json.loads((explored / "said.json").read_text(encoding="utf-8"))
-    assert ran(said["queued"]) == []
-    assert sorted(ran(said["flat"])) == ["evaluate", "fuse", "text"]
-    assert ran(said["drawn"]) == ["evaluate"]
-    assert ran(said["firm"]) == ["fuse", "evaluate"], "in a copy of its own, with what the committed run made"
+def test_an_experiment_executes_the_affected_stages_only(explored: Path) -> None:
+    outputs = json.loads((explored / "outputs.json").read_text(encoding="utf-8"))
+    assert executed_stages(outputs["queued"]) == []
+    assert sorted(executed_stages(outputs["flat"])) == ["evaluate", "fuse", "text"]
+    assert executed_stages(outputs["drawn"]) == ["evaluate"]
+    assert executed_stages(outputs["firm"]) == ["fuse", "evaluate"], "it runs in its own copy of the committed run"
 
-def test_the_table_has_parameters_and_figures(explored: Path) -> None:
-    told = shown(explored)
-    assert set(told) == {"start", "flat", "drawn", "firm"}
-    assert {name: parameters(t)["text"]["experts"]["text_linear"]["C"] for name, t in told.items()} == {"start": 1.0, "flat": 0.02, "drawn": 0.02, "firm": 1.0}
-    assert {name: parameters(t)["fuse"]["prior_precision"] for name, t in told.items()} == {"start": 20.0, "flat": 20.0, "drawn": 20.0, "firm": 500}
-    assert figure(told["drawn"]) == figure(told["flat"])
-    assert len({figure(told[name]) for name in ("start", "flat", "firm")}) == 3
+def test_the_table_lists_parameters_and_metrics(explored: Path) -> None:
+    table = experiment_table(explored)
+    assert set(table) == {"start", "flat", "drawn", "firm"}
+    params = {name: parameters(experiment) for name, experiment in table.items()}
+    strengths = {name: p["text"]["experts"]["text_linear"]["C"] for name, p in params.items()}
+    assert strengths == {"start": 1.0, "flat": 0.02, "drawn": 0.02, "firm": 1.0}
+    priors = {name: p["fuse"]["prior_precision"] for name, p in params.items()}
+    assert priors == {"start": 20.0, "flat": 20.0, "drawn": 20.0, "firm": 500}
+    assert log_loss(table["drawn"]) == log_loss(table["flat"])
+    assert len({log_loss(table[name]) for name in ("start", "flat", "firm")}) == 3
 
-def test_it_leaves_nothing_else_behind(explored: Path) -> None:
-    assert sorted(line.split()[-1] for line in git(explored / "project", "status", "--short").splitlines()) == ["dvc.lock", "params.yaml"]
+def test_an_experiment_changes_only_the_lock_and_the_parameters(explored: Path) -> None:
+    status = git(explored / "project", "status", "--short")
+    assert sorted(line.split()[-1] for line in status.splitlines()) == ["dvc.lock", "params.yaml"]
 
-def test_figures_and_plots_are_compared(explored: Path, mine: Path, tell: Tell) -> None:
-    told = shown(explored)
-    diff = json.loads(done(mine, tell, "metrics", "diff", "--json", "HEAD"))
+def test_metrics_and_plots_are_compared(explored: Path, own_copy: Path, run_in_project: RunInProject) -> None:
+    table = experiment_table(explored)
+    diff = json.loads(dvc(own_copy, run_in_project, "metrics", "diff", "--json", "HEAD"))
     changed = diff["metrics/out_of_fold.json"]["fused.log_loss"]
-    assert (changed["old"], changed["new"]) == (figure(told["start"]), figure(told["flat"]))
-    done(mine, tell, "plots", "diff", "HEAD")
-    plots = sorted(p.name for p in (mine / "dvc_plots/static").iterdir())
+    assert (changed["old"], changed["new"]) == (log_loss(table["start"]), log_loss(table["flat"]))
+    dvc(own_copy, run_in_project, "plots", "diff", "HEAD")
+    plots = sorted(p.name for p in (own_copy / "dvc_plots/static").iterdir())
     assert sum("confusion" in name for name in plots) == 2, plots
-    assert "dvc_plots" not in git(mine, "status", "--short"), "what is drawn is nothing for git"
+    assert "dvc_plots" not in git(own_copy, "status", "--short"), "git ignores the plots"
 
-def test_one_is_kept_and_the_others_forgotten(explored: Path, mine: Path, tell: Tell) -> None:
-    done(mine, tell, "exp", "apply", "firm")
-    assert yaml.safe_load((mine / "params.yaml").read_text(encoding="utf-8"))["fuse"]["prior_precision"] == 500
-    figures = json.loads((mine / "metrics/out_of_fold.json").read_text(encoding="utf-8"))
-    assert figures["fused"]["log_loss"] == figure(shown(explored)["firm"])
-    changed = json.loads(done(mine, tell, "status", "--json"))
-    assert changed.keys() <= {"predict", "register"}, "what came before is in place, the executed notebooks too"
-    done(mine, tell, "exp", "remove", "flat", "drawn", "firm")
-    assert git(mine, "for-each-ref", "refs/exps/??").strip() == ""
+def test_one_experiment_is_applied_and_all_are_removed(
+    explored: Path, own_copy: Path, run_in_project: RunInProject,
+) -> None:
+    dvc(own_copy, run_in_project, "exp", "apply", "firm")
+    params = yaml.safe_load((own_copy / "params.yaml").read_text(encoding="utf-8"))
+    assert params["fuse"]["prior_precision"] == 500
+    metrics = json.loads((own_copy / "metrics/out_of_fold.json").read_text(encoding="utf-8"))
+    assert metrics["fused"]["log_loss"] == log_loss(experiment_table(explored)["firm"])
+    changed = json.loads(dvc(own_copy, run_in_project, "status", "--json"))
+    assert changed.keys() <= {"predict", "register"}, "the outputs of earlier stages are in place, with their notebooks"
+    dvc(own_copy, run_in_project, "exp", "remove", "flat", "drawn", "firm")
+    assert git(own_copy, "for-each-ref", "refs/exps/??").strip() == ""

@@ -1,6 +1,6 @@
-"""Whatever is missing, the fused answer is about as good as what is left gives alone.
+"""If an expert or a modality is missing, the fused prediction is nearly as good as the remaining expert alone.
 
-"About": weighted F1 at most .01 below, on the rows that are left to judge."""
+Nearly: its weighted F1 is at most .01 lower, on the products that the remaining expert sees."""
 import json
 import shutil
 from collections.abc import Callable
@@ -18,45 +18,43 @@ from rakuten_nb.models.workspace import load_out_of_fold
 
 MARGIN = 0.01
 CLASSES = 27
-Probs = dict[str, np.ndarray]
+ByExpert = dict[str, np.ndarray]
 
-def without(probs: Probs, gone: str) -> Probs:
-    "The probabilities of the other experts."
-    return {e: p for e, p in probs.items() if e != gone}
+# --- each expert of the shared bundle removed: its out-of-fold predictions
 
-def uniform_if_blind(probs: Probs, sees: Probs) -> Probs:
-    "Nothing said where nothing was seen."
+def uniform_if_unseen(probs: ByExpert, sees: ByExpert) -> ByExpert:
+    "Uniform probabilities for the products that an expert does not see."
     return {e: np.where(sees[e][:, None], p, 1 / CLASSES) for e, p in probs.items()}
 
-# --- each expert removed, on what was said out of fold
-
 @pytest.fixture(scope="module")
-def said(trained: Path) -> tuple[np.ndarray, Probs, Probs]: # y, probabilities, who sees
-    "Out-of-fold probabilities of the experts of the shared bundle."
-    j = load_out_of_fold(trained / "out_of_fold")
-    rows = j.rows("out_of_fold")
-    sees = {e: s[rows] & ~np.isnan(j.probs[e][rows, 0]) for e, s in j.sees.items()}
-    return j.y[rows], uniform_if_blind({e: p[rows] for e, p in j.probs.items()}, sees), sees
+def predictions(trained: Path) -> tuple[np.ndarray, ByExpert, ByExpert]: # labels, probabilities, visibility
+    "Out-of-fold predictions of the experts of the shared bundle."
+    saved = load_out_of_fold(trained / "out_of_fold")
+    rows = saved.rows("out_of_fold")
+    sees = {e: s[rows] & ~np.isnan(saved.probs[e][rows, 0]) for e, s in saved.sees.items()}
+    return saved.y[rows], uniform_if_unseen({e: p[rows] for e, p in saved.probs.items()}, sees), sees
 
 @pytest.mark.parametrize("complete", [False, True], ids=["fitted with gaps", "fitted without gaps"])
-@pytest.mark.parametrize(("gone", "left"), [("text_linear", "image"), ("image", "text_linear")])
-def test_one_expert_removed(gone: str, left: str, complete: bool, said: tuple[np.ndarray, Probs, Probs]) -> None:
-    y, probs, sees = said
-    everybody = np.all(list(sees.values()), axis=0)
-    fit = everybody if complete else np.full(len(y), True)
-    fusion = fit_fusion({e: p[fit] for e, p in probs.items()}, y[fit], None if complete else {e: s[fit] for e, s in sees.items()})
-    rows = sees[left]
-    alone = weighted_f1(y[rows], probs[left][rows])
-    absent = fusion.predict_proba({left: probs[left][rows]})
-    unseen = fusion.predict_proba({e: p[rows] for e, p in probs.items()}, {left: rows[rows], gone: ~rows[rows]})
-    np.testing.assert_array_equal(absent, unseen, "absent, and there but seeing nothing, are the same")
+@pytest.mark.parametrize(("missing", "remaining"), [("text_linear", "image"), ("image", "text_linear")])
+def test_without_one_expert_the_fusion_is_as_good_as_the_other(
+    missing: str, remaining: str, complete: bool, predictions: tuple[np.ndarray, ByExpert, ByExpert],
+) -> None:
+    y, probs, sees = predictions
+    fit_rows = np.all(list(sees.values()), axis=0) if complete else np.full(len(y), True)
+    fit_sees = None if complete else {e: s[fit_rows] for e, s in sees.items()}
+    fusion = fit_fusion({e: p[fit_rows] for e, p in probs.items()}, y[fit_rows], fit_sees)
+    rows = sees[remaining]
+    alone = weighted_f1(y[rows], probs[remaining][rows])
+    absent = fusion.predict_proba({remaining: probs[remaining][rows]})
+    unseen = fusion.predict_proba({e: p[rows] for e, p in probs.items()}, {remaining: rows[rows], missing: ~rows[rows]})
+    np.testing.assert_array_equal(absent, unseen, "an absent expert equals one that sees no product")
     np.testing.assert_allclose(absent.sum(1), 1)
     assert weighted_f1(y[rows], absent) >= alone - MARGIN
 
-# --- three experts of known quality, fitted where none was missing
+# --- three experts of known quality, fitted without gaps
 
-def made_up(n: int, rng: np.random.Generator) -> tuple[np.ndarray, Probs]: # y, probabilities
-    "Three experts, one good and overconfident, one fair, one hardly better than guessing."
+def synthetic_experts(n: int, rng: np.random.Generator) -> tuple[np.ndarray, ByExpert]: # labels, probabilities
+    "Three experts: a good and overconfident one, a fair one, and one slightly better than guessing."
     y = rng.choice(CLASSES, n, p=(share := np.arange(1, CLASSES + 1)) / share.sum())
     def expert(signal: float, sharpness: float) -> np.ndarray:
         z = rng.normal(size=(n, CLASSES)) + signal * (np.arange(CLASSES) == y[:, None])
@@ -64,38 +62,44 @@ def made_up(n: int, rng: np.random.Generator) -> tuple[np.ndarray, Probs]: # y, 
         return (p / p.sum(1, keepdims=True)).astype(np.float32)
     return y, {"good": expert(2.6, 4), "fair": expert(1.8, 1), "weak": expert(0.4, 0.5)}
 
-@pytest.mark.parametrize("gone", [("good",), ("fair",), ("weak",), ("good", "fair"), ("good", "weak"), ("fair", "weak")], ids=" and ".join)
-def test_experts_removed_from_three_that_were_never_missing(gone: tuple[str, ...]) -> None:
+MISSING = [("good",), ("fair",), ("weak",), ("good", "fair"), ("good", "weak"), ("fair", "weak")]
+
+@pytest.mark.parametrize("missing", MISSING, ids=" and ".join)
+def test_the_fusion_is_as_good_as_the_best_of_the_remaining_experts(missing: tuple[str, ...]) -> None:
     rng = np.random.default_rng(5)
-    y, probs = made_up(3000, rng)
-    new_y, new = made_up(3000, rng)
-    left = {e: p for e, p in new.items() if e not in gone}
-    fused = weighted_f1(new_y, fit_fusion(probs, y).predict_proba(left))
-    assert fused >= max(weighted_f1(new_y, p) for p in left.values()) - MARGIN
+    fit_y, fit_probs = synthetic_experts(3000, rng)
+    fusion = fit_fusion(fit_probs, fit_y)
+    y, probs = synthetic_experts(3000, rng)
+    remaining = {e: p for e, p in probs.items() if e not in missing}
+    fused = weighted_f1(y, fusion.predict_proba(remaining))
+    assert fused >= max(weighted_f1(y, p) for p in remaining.values()) - MARGIN
 
-# --- catalogues stripped of a modality
+# --- catalogues without a modality
 
-def strip_pictures(catalog: Path) -> None:
-    "No product has a picture."
+def remove_pictures(catalog: Path) -> None:
+    "Delete the picture of each product."
     for folder in catalog.glob("image_*"): shutil.rmtree(folder)
 
-def strip_texts(catalog: Path) -> None:
-    "No product has a text."
+def remove_texts(catalog: Path) -> None:
+    "Empty the text of each product."
     for path in catalog.glob("X_*_update.csv"):
         pd.read_csv(path, index_col=0).assign(designation="", description="").to_csv(path, lineterminator="\n")
 
-# name → how it is stripped, who is left, and how many products the bundle has not learned from (without pictures they are cheap)
-STRIPPED: dict[str, tuple[Callable[[Path], None], str, int]] = {"no pictures": (strip_pictures, "text_linear", 3000), "no texts": (strip_texts, "image", 300)}
+# Removed modality → how, the remaining expert, and the number of products: those without pictures cost little.
+REMOVED: dict[str, tuple[Callable[[Path], None], str, int]] = {
+    "pictures": (remove_pictures, "text_linear", 3000),
+    "texts": (remove_texts, "image", 300),
+}
 
-@pytest.mark.parametrize("how", STRIPPED)
-def test_a_stripped_catalogue(how: str, bundle: Path, rakuten: Run, tmp_path: Path) -> None:
-    strip, left, products = STRIPPED[how]
-    catalog = make_sample(tmp_path / "catalog", products, seed=5, images=left == "image", progress=False)
-    strip(catalog)
-    answer = rakuten("evaluate", bundle, catalog, "--json", tmp_path / "figures.json")
+@pytest.mark.parametrize("modality", REMOVED)
+def test_a_catalogue_without_a_modality_is_evaluated(modality: str, bundle: Path, rakuten: Run, tmp_path: Path) -> None:
+    remove, remaining, products = REMOVED[modality]
+    catalog = make_sample(tmp_path / "catalog", products, seed=5, images=remaining == "image", progress=False)
+    remove(catalog)
+    answer = rakuten("evaluate", bundle, catalog, "--json", tmp_path / "metrics.json")
     assert answer.returncode == 0, answer.stderr
-    figures = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
-    assert list(figures["experts"]) == [left]
-    assert figures["trained_on"] == 0
-    assert figures["fused"]["n"] == figures["experts"][left]["n"] > products / 2
-    assert figures["fused"]["weighted_f1"] >= figures["experts"][left]["weighted_f1"] - MARGIN
+    metrics = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
+    assert list(metrics["experts"]) == [remaining]
+    assert metrics["trained_on"] == 0
+    assert metrics["fused"]["n"] == metrics["experts"][remaining]["n"] > products / 2
+    assert metrics["fused"]["weighted_f1"] >= metrics["experts"][remaining]["weighted_f1"] - MARGIN

@@ -15,7 +15,7 @@ import httpx
 import pytest
 from api_process import PASSWORD, ApiProcess, free_port
 from conftest import ROOT
-from pipeline_copy import Tell, change, ran
+from pipeline_copy import RunInProject, change, executed_stages
 
 from rakuten_nb.models.bundle import verify_bundle
 
@@ -34,50 +34,50 @@ def own(project: Path) -> Path:
     return project
 
 @pytest.fixture
-def register(tell: Tell) -> Register:
+def register(run_in_project: RunInProject) -> Register:
     "Runs the stage; it must end with this exit code."
     def run(project: Path, code: int = 0, **extra: str) -> subprocess.CompletedProcess[str]:
-        answer = tell(project, "rakuten-nb", "stage", "register", extra=extra)
+        answer = run_in_project(project, "rakuten-nb", "stage", "register", extra=extra)
         assert answer.returncode == code, answer.stdout + answer.stderr
         return answer
     return run
 
-def listed(tell: Tell, project: Path, **extra: str) -> dict[str, str]:
+def listed(run_in_project: RunInProject, project: Path, **extra: str) -> dict[str, str]:
     "Version → alias, of `rakuten-nb model list`."
-    answer = tell(project, "rakuten-nb", "model", "list", extra={"COLUMNS": "200"} | extra)
+    answer = run_in_project(project, "rakuten-nb", "model", "list", extra={"COLUMNS": "200"} | extra)
     assert answer.returncode == 0, answer.stderr
     return {m[1]: m[2] for m in re.finditer(r"^│\s*(\d+) │ (\w*)", answer.stdout, re.M)}
 
 @pytest.mark.services
-def test_the_pipeline_ends_with_a_champion(finished: Path, tell: Tell) -> None:
-    project, said = finished / "project", (finished / "said.txt").read_text(encoding="utf-8")
+def test_the_pipeline_ends_with_a_champion(finished_project: Path, run_in_project: RunInProject) -> None:
+    project, said = finished_project / "project", (finished_project / "repro.txt").read_text(encoding="utf-8")
     assert f"model {version_of(project)}: version 1 of {MODEL}, champion" in said
-    assert listed(tell, project) == {"1": "champion"}
-    assert "champion" in tell(project, "rakuten-nb", "summary").stdout
+    assert listed(run_in_project, project) == {"1": "champion"}
+    assert "champion" in run_in_project(project, "rakuten-nb", "summary").stdout
 
 @pytest.mark.services
-def test_a_change_makes_a_challenger_an_experiment_none(own: Path, tell: Tell, register: Register) -> None:
+def test_a_change_makes_a_challenger_an_experiment_none(own: Path, run_in_project: RunInProject, register: Register) -> None:
     register(own)
     change(own, image={"experts": {}})
-    answer = tell(own, "dvc", "repro", "register")
+    answer = run_in_project(own, "dvc", "repro", "register")
     assert answer.returncode == 0, answer.stdout + answer.stderr
-    assert listed(tell, own) == {"2": "challenger", "1": "champion"}
+    assert listed(run_in_project, own) == {"2": "challenger", "1": "champion"}
     change(own, seed=1)
     subprocess.run(["git", "add", "."], cwd=own, check=True)
     subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "--quiet", "-m", "all"], cwd=own, check=True)
-    answer = tell(own, "dvc", "exp", "run", "-S", "seed=2")
-    assert answer.returncode == 0 and "register" in ran(answer.stdout), answer.stdout + answer.stderr
+    answer = run_in_project(own, "dvc", "exp", "run", "-S", "seed=2")
+    assert answer.returncode == 0 and "register" in executed_stages(answer.stdout), answer.stdout + answer.stderr
     assert re.search(r"experiment [0-9a-f]{12}: logged as run", answer.stdout + answer.stderr)
-    assert listed(tell, own) == {"2": "challenger", "1": "champion"}, "an experiment moves no alias and makes no version"
+    assert listed(run_in_project, own) == {"2": "challenger", "1": "champion"}, "an experiment moves no alias and makes no version"
     register(own)
-    assert listed(tell, own) == {"3": "challenger", "2": "", "1": "champion"}, "the experiment that is kept is registered by hand"
+    assert listed(run_in_project, own) == {"3": "challenger", "2": "", "1": "champion"}, "the experiment that is kept is registered by hand"
     register(own)
-    assert listed(tell, own) == {"3": "challenger", "2": "", "1": "champion"}, "the same bundle again registers nothing"
+    assert listed(run_in_project, own) == {"3": "challenger", "2": "", "1": "champion"}, "the same bundle again registers nothing"
 
 @pytest.mark.services
-def test_the_champion_answers_as_the_bundle_does(own: Path, tell: Tell, register: Register) -> None:
+def test_the_champion_answers_as_the_bundle_does(own: Path, run_in_project: RunInProject, register: Register) -> None:
     register(own)
-    found = json.loads(tell(own, "python", ROOT / "tests/ask_registry.py", own, 120).stdout)
+    found = json.loads(run_in_project(own, "python", ROOT / "tests/ask_registry.py", own, 120).stdout)
     assert (found["rows"], found["same"]) == (120, True) and found["pictures"] > 20
     assert found["differ"] < 1e-5
     files = [p for p in (own / "mlruns").rglob("*") if p.is_file()]
@@ -85,20 +85,20 @@ def test_the_champion_answers_as_the_bundle_does(own: Path, tell: Tell, register
     assert [p for p in files if p.suffix in (".pkl", ".pickle", ".joblib", ".cloudpickle") or p.read_bytes()[:1] == b"\x80"] == []
 
 @pytest.mark.services
-def test_a_model_is_pulled(own: Path, tell: Tell, register: Register, tmp_path: Path) -> None:
+def test_a_model_is_pulled(own: Path, run_in_project: RunInProject, register: Register, tmp_path: Path) -> None:
     register(own)
     for uri in (f"models:/{MODEL}@champion", f"models:/{MODEL}/1"):
-        answer = tell(own, "rakuten-nb", "model", "pull", uri, "--to", tmp_path / "pulled")
+        answer = run_in_project(own, "rakuten-nb", "model", "pull", uri, "--to", tmp_path / "pulled")
         assert answer.returncode == 0, answer.stderr
         assert verify_bundle(tmp_path / "pulled")["self"][:12] == version_of(own)
     wrong = {f"models:/{MODEL}@nobody": f"registered: models:/{MODEL}@champion", f"models:/{MODEL}/9": "@champion", "champion": "expected models:/NAME@ALIAS"}
     for uri, said in wrong.items():
-        answer = tell(own, "rakuten-nb", "model", "pull", uri, "--to", tmp_path / "other")
+        answer = run_in_project(own, "rakuten-nb", "model", "pull", uri, "--to", tmp_path / "other")
         assert (answer.returncode, answer.stderr.count("\n")) == (2, 1) and said in answer.stderr, answer.stderr
     assert not (tmp_path / "other").exists()
 
 @pytest.mark.services
-def test_mlflow_away_is_one_line_and_caught_up_with(own: Path, tell: Tell, register: Register) -> None:
+def test_mlflow_away_is_one_line_and_caught_up_with(own: Path, run_in_project: RunInProject, register: Register) -> None:
     before, nobody = version_of(own), f"http://marie:hush@127.0.0.1:{free_port()}"
     answer = register(own, 1, MLFLOW_TRACKING_URI=nobody, MLFLOW_HTTP_REQUEST_MAX_RETRIES="0")
     errors = [line for line in answer.stderr.splitlines() if "error" in line.lower()]
@@ -107,10 +107,10 @@ def test_mlflow_away_is_one_line_and_caught_up_with(own: Path, tell: Tell, regis
     assert "hush" not in (own / "reports/runs/70_register.ipynb").read_text(encoding="utf-8"), "the executed notebook tells it neither"
     assert version_of(own) == before
     register(own)
-    assert listed(tell, own) == {"1": "champion"}
+    assert listed(run_in_project, own) == {"1": "champion"}
 
 @pytest.mark.services
-def test_the_api_serves_what_the_registry_holds(own: Path, tell: Tell, register: Register, env: dict[str, str], tmp_path: Path) -> None:
+def test_the_api_serves_what_the_registry_holds(own: Path, run_in_project: RunInProject, register: Register, env: dict[str, str], tmp_path: Path) -> None:
     register(own)
     first = version_of(own)
     settings = {"RAKUTEN_BUNDLE": "", "RAKUTEN_MODEL_URI": f"models:/{MODEL}@champion", "MLFLOW_TRACKING_URI": f"sqlite:///{own}/mlflow.db"}
@@ -118,9 +118,9 @@ def test_the_api_serves_what_the_registry_holds(own: Path, tell: Tell, register:
         api.add_users(root="admin")
         assert api.wait_until("/ready", {200}).json()["model_version"] == first
         change(own, image={"experts": {}})
-        assert tell(own, "dvc", "repro", "register").returncode == 0
+        assert run_in_project(own, "dvc", "repro", "register").returncode == 0
         promote = f"with open_tracking() as m: m.MlflowClient().set_registered_model_alias('{MODEL}', 'champion', 2)"
-        assert tell(own, "python", "-c", f"from rakuten_nb.tracking.registry import open_tracking\n{promote}").returncode == 0
+        assert run_in_project(own, "python", "-c", f"from rakuten_nb.tracking.registry import open_tracking\n{promote}").returncode == 0
         token = api.client.post("/token", data={"username": "root", "password": PASSWORD}).json()["access_token"]
         admin = {"Authorization": f"Bearer {token}"}
         assert api.client.get("/status").json()["model_version"] == first
@@ -133,7 +133,7 @@ def test_the_api_serves_what_the_registry_holds(own: Path, tell: Tell, register:
         assert api.client.get("/status").json()["model_version"] == version_of(own) != first
 
 @pytest.mark.services
-def test_serve_takes_a_model_of_the_registry(own: Path, tell: Tell, register: Register, env: dict[str, str], tmp_path: Path) -> None:
+def test_serve_takes_a_model_of_the_registry(own: Path, run_in_project: RunInProject, register: Register, env: dict[str, str], tmp_path: Path) -> None:
     register(own)
     port, terminal = free_port(), tmp_path / "terminal.log"
     set_already = {"RAKUTEN_BUNDLE": str(tmp_path / "nowhere"), "SECRET_KEY": "k" * 48, "RAKUTEN_DATA_DIR": str(tmp_path / "data"),
@@ -148,7 +148,7 @@ def test_serve_takes_a_model_of_the_registry(own: Path, tell: Tell, register: Re
         finally: process.terminate()
     assert found == version_of(own), terminal.read_text()
     for wrong, said in (("champion", "expected models:/NAME@ALIAS"), ("models:/nobody@champion", "is not registered at")):
-        answer = tell(own, "rakuten-nb", "serve", "--model-uri", wrong, extra=set_already)
+        answer = run_in_project(own, "rakuten-nb", "serve", "--model-uri", wrong, extra=set_already)
         assert (answer.returncode, answer.stderr.count("\n")) == (2, 1) and said in answer.stderr, answer.stderr
 
 # --- a server
@@ -204,12 +204,12 @@ def dagshub(server: Server) -> Iterator[tuple[str, list[str]]]:
     front.shutdown()
 
 @pytest.mark.services
-def test_a_server_keeps_and_gives_the_model(own: Path, tell: Tell, register: Register, server: Server, tmp_path: Path) -> None:
+def test_a_server_keeps_and_gives_the_model(own: Path, run_in_project: RunInProject, register: Register, server: Server, tmp_path: Path) -> None:
     where = {"MLFLOW_TRACKING_URI": server.url}
     register(own, **where)
     register(own, **where)
-    assert listed(tell, own, **where) == {"1": "champion"} and not (own / "mlflow.db").exists()
-    answer = tell(own, "rakuten-nb", "model", "pull", f"models:/{MODEL}@champion", "--to", tmp_path / "pulled", extra=where)
+    assert listed(run_in_project, own, **where) == {"1": "champion"} and not (own / "mlflow.db").exists()
+    answer = run_in_project(own, "rakuten-nb", "model", "pull", f"models:/{MODEL}@champion", "--to", tmp_path / "pulled", extra=where)
     assert answer.returncode == 0 and verify_bundle(tmp_path / "pulled")["self"][:12] == version_of(own)
 
 @pytest.mark.services

@@ -63,7 +63,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory, sample_catalog: Path, pytho
 
 @pytest.mark.services
 @pytest.mark.parametrize("name", EXPERTS)
-def test_two_processes_learn_the_same_bytes(name: str, fitted: Path) -> None:
+def test_two_processes_train_the_same_bytes(name: str, fitted: Path) -> None:
     for file in (f"{name}/graph.onnx", f"{name}/arrays.npz", f"{name}/expert.json", f"{name}.json", f"{name}.npy"):
         assert (fitted / "once" / file).read_bytes() == (fitted / "again" / file).read_bytes(), file
 
@@ -73,7 +73,7 @@ def test_the_experts_are_served_without_training_libraries(fitted: Path, sample_
     assert answer.stdout.strip() == "the same bits", answer.stderr
 
 @pytest.mark.services
-def test_a_training_by_name_is_logged_and_predicts(sample_catalog: Path, rakuten: Run, tmp_path: Path) -> None:
+def test_experts_of_the_command_line_are_trained_and_logged(sample_catalog: Path, rakuten: Run, tmp_path: Path) -> None:
     # The command line names two experts; the parameters list one of them only.
     params = {"split": {"folds": 2}, "text": {"experts": {"text_ngrams": SMALL["text_ngrams"]}}}
     (options := tmp_path / "params.yaml").write_text(json.dumps(params))

