@@ -59,7 +59,7 @@ class TrackingSettings(BaseSettings):
     mlflow_tracking_uri: str | None = None
     "MLflow server, http(s)://host:port, for runs and models; by default the file mlflow.db at the project's root."
     mlflow_experiment_name: str = "rakuten-product-type"
-    "Experiment that runs are logged in."
+    "MLflow experiment for the logged runs."
     mlflow_tracking_username: str | None = None
     "User name at the MLflow server, if it requires one."
     mlflow_tracking_password: SecretStr | None = None
@@ -116,7 +116,7 @@ class ReviewSettings(JobSettings):
     rakuten_unreviewed_retention_minutes: float = Field(60, ge=0, le=5_256_000)
     "Minutes to retain text and picture of any other product, so that feedback can refer to it; 0 retains none."
     rakuten_prediction_retention_days: float = Field(365, gt=0, le=36_500)
-    "Days to retain the prediction log and the feedback on it."
+    "Days to retain logged predictions and the feedback on them."
 
 # %% ../nbs/03_config.ipynb #0caa7e2a
 class ApiSettings(ReviewSettings):
@@ -142,7 +142,7 @@ class ApiSettings(ReviewSettings):
 class Settings(ApiSettings):
     "All settings; environment variables take precedence over `.env`."
     rakuten_data_dir: Path = Path("data")
-    "Folder of served models, caches and the SQLite database; a relative path starts at the project's root."
+    "Data directory: served models, caches and the SQLite database; a relative path starts at the project's root."
     rakuten_log_dir: Path = Path("logs")
     "Folder of the rotating log files."
     rakuten_bundle: Path = Path("models/bundle")

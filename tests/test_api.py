@@ -206,7 +206,7 @@ ODD_PICTURES: dict[str, Callable[[Image.Image], bytes]] = {
 }
 
 @pytest.mark.parametrize("kind", ODD_PICTURES)
-def test_accepts_an_unusual_picture(kind: str, api: ApiProcess, marie: dict[str, str]) -> None:
+def test_accepts_cmyk_16_bit_animated_and_tiny_pictures(kind: str, api: ApiProcess, marie: dict[str, str]) -> None:
     raw = ODD_PICTURES[kind](Image.open(BytesIO(picture(80))))
     assert api.predict(marie, picture=raw).status_code == 200
 

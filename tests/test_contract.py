@@ -107,7 +107,9 @@ def read_statuses(events: Path) -> dict[str, Counter[int]]:
                 statuses.setdefault(recorder["label"], Counter())[response["status_code"]] += 1
     return statuses
 
-def test_every_operation_follows_the_document(target: ApiProcess, admin: dict[str, str], tmp_path: Path) -> None:
+def test_every_operation_conforms_to_the_openapi_document(
+    target: ApiProcess, admin: dict[str, str], tmp_path: Path,
+) -> None:
     reports = {"json": tmp_path / "report.json", "ndjson": tmp_path / "events.ndjson"}
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{target.url}/openapi.json",
                "--header", f"Authorization: {admin['Authorization']}", "--phases", "examples,coverage,fuzzing",

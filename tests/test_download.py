@@ -346,7 +346,9 @@ def test_a_part_of_an_unknown_version_is_dropped(server: FileServer, tmp_path: P
     fetch(server, tmp_path / "out", "text")
     assert server.starts(X) == [0, 0] and visible(tmp_path / "out")[X] == server.files[X]
 
-def test_a_file_changed_on_the_server_leaves_the_old_one(rakuten: Run, server: FileServer, tmp_path: Path) -> None:
+def test_rejects_a_file_that_changed_on_the_server_and_retains_the_local_one(
+    rakuten: Run, server: FileServer, tmp_path: Path,
+) -> None:
     fetch(server, tmp_path / "out")
     old = server.files[Y]
     for new in (old + b"400,10\n", old.replace(b",10\n", b",40\n", 1)): # another length, and the same one
@@ -362,7 +364,7 @@ def test_a_file_changed_on_the_server_leaves_the_old_one(rakuten: Run, server: F
     server.files[Y], server.headers[Y] = old, {"ETag": '"another machine"'}
     assert fetch(server, tmp_path / "out")[Y] == "there already, the same content on the server"
 
-def test_a_file_changed_on_the_hub_leaves_the_old_one_and_is_not_fetched(hub: FileServer, tmp_path: Path) -> None:
+def test_rejects_a_file_that_changed_on_the_hub_before_fetching_it(hub: FileServer, tmp_path: Path) -> None:
     fetch(hub, tmp_path / "out", "text")
     hub.files[Y] = hub.files[Y].replace(b",10\n", b",40\n", 1) # the same length, another checksum
     hub.seen.clear()
@@ -504,7 +506,7 @@ def test_the_command_line_reports_a_missing_file(rakuten: Run, server: FileServe
     assert "404" in answer.stderr and "RAKUTEN_DOWNLOAD_URL" in answer.stderr
     assert visible(tmp_path / "other") == {}, "tables wait for their pictures"
 
-def test_an_overloaded_server_is_retried_then_given_up(either: FileServer, tmp_path: Path) -> None:
+def test_an_overloaded_server_is_retried_a_limited_number_of_times(either: FileServer, tmp_path: Path) -> None:
     either.statuses = [(503, {})] * 3 + [(429, {"Retry-After": "0"}), (502, {})]
     fetch(either, tmp_path / "out", "text")
     assert [(line["reason"], line["wait"]) for line in logged(tmp_path) if line["message"] == "retry"] == [

@@ -56,7 +56,7 @@ def plain(
 # %% ../../nbs/cli/10_app.ipynb #fbb1c6f0
 def note(
     text: str, # Rich markup is escaped
-    label: str = "note", # printed before the text
+    label: str = "note", # or `warning`
 ) -> None:
     "Print one line on standard error."
     err_console().print(f"[yellow]{label}:[/] {plain(text)}", soft_wrap=True)
@@ -84,7 +84,8 @@ def run_app(
 
 # %% ../../nbs/cli/10_app.ipynb #84e044be
 CatalogArg = Annotated[Path, typer.Argument(
-    metavar="CATALOG", help="Catalogue directory in the challenge's layout.", show_default=False)]
+    metavar="CATALOG", show_default=False,
+    help="Catalogue directory: X_train_update.csv, Y_train_CVw08PX.csv, image_train/, …")]
 BundleArg = Annotated[Path, typer.Argument(
     metavar="BUNDLE", help="Folder written by `rakuten-nb train`.", show_default=False)]
 ParamsOpt = Annotated[Path | None, typer.Option(

@@ -27,7 +27,7 @@ def sample(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create, with its parents.", show_default=False)],
     products: Annotated[int, typer.Option(min=1, help="Labelled products; X_test has a tenth as many more.")] = 3000,
     seed: Annotated[int, typer.Option(min=0, help="Another seed draws other products of the same types.")] = 0,
-    images: Annotated[bool, typer.Option("--images/--no-images", help="Draw pictures.")] = True,
+    images: Annotated[bool, typer.Option("--images/--no-images", help="Also draw a picture for most products.")] = True,
 ) -> None:
     "Create a synthetic catalogue in the layout of the Rakuten France challenge."
     from rakuten_nb.data.sample import make_sample
@@ -42,7 +42,7 @@ def download(
     only: Annotated[str | None, typer.Option(metavar="text|images", help="Only the tables, or only the pictures.",
                                              show_default=False)] = None,
     base_url: Annotated[str | None, typer.Option(metavar="URL", show_default=False,
-                                                 help="Address of the files; RAKUTEN_DOWNLOAD_URL by default.")] = None,
+        help="Address of the folder with the files; the setting RAKUTEN_DOWNLOAD_URL by default.")] = None,
 ) -> None:
     "Download the catalogue of the Rakuten France challenge: resumable, verified, unpacked."
     from rakuten_nb.data.download import download_catalog

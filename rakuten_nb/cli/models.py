@@ -66,7 +66,7 @@ def train(
     from rakuten_nb.models.training import train as fit
     check_bundle_place(bundle)
     parameters = read_params(params)
-    parameters.chosen(experts) # raises `InputError` if an expert does not exist, before the catalogue is read
+    parameters.chosen(experts) # refuses an unknown expert before the catalogue is read
     cat = read_catalog(catalog, folds=parameters.split.folds)
     report_quarantine(cat)
     model, _ = fit(cat, parameters, experts, keep_gold)
@@ -222,7 +222,7 @@ def model_list() -> None:
 @app.command("log-model")
 def log_model(
     files: Annotated[list[Path], typer.Argument(metavar="FILE…", show_default=False,
-                                                help="A .h5 or .keras file with its tokenizer and mapper files.")],
+        help="A .h5 or .keras model, and the JSON files of its tokenizer and its classes.")],
 ) -> None:
     "Convert a Keras model to the current format, check that its predictions are unchanged, and log it to MLflow."
     from rakuten_nb.tracking.legacy_models import log_files

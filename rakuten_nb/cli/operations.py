@@ -77,7 +77,7 @@ def data_pull() -> None:
 
 # %% ../../nbs/cli/60_operations.ipynb #31de3915
 BenchBundle = Annotated[Path | None, typer.Option(
-    "--bundle", metavar="BUNDLE", help="Bundle to measure; RAKUTEN_BUNDLE by default.", show_default=False)]
+    "--bundle", metavar="BUNDLE", help="Bundle to measure; the setting RAKUTEN_BUNDLE by default.", show_default=False)]
 RoundsOpt = Annotated[int, typer.Option(
     "--rounds", min=1, help="Rounds of 20 requests to the API and 4 to the reference networks.")]
 CourseOpt = Annotated[bool, typer.Option(

@@ -66,7 +66,7 @@ def note_missing(
 
 # %% ../../nbs/cli/50_service.ipynb #5bf6aebd
 ServeBundle = Annotated[Path | None, typer.Option(
-    "--bundle", metavar="BUNDLE", help="Bundle to serve; RAKUTEN_BUNDLE by default.", show_default=False)]
+    "--bundle", metavar="BUNDLE", help="Bundle to serve; the setting RAKUTEN_BUNDLE by default.", show_default=False)]
 ServeUri = Annotated[str | None, typer.Option(
     "--model-uri", metavar="URI", show_default=False,
     help="Registered model to serve, such as models:/rakuten-product-type@champion; RAKUTEN_MODEL_URI by default.")]

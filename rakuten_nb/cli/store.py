@@ -136,7 +136,8 @@ def parse_day(
 # %% ../../nbs/cli/40_store.ipynb #774a86d6
 ExportArg = Annotated[Path, typer.Argument(metavar="OUT", help="Catalogue directory to create.", show_default=False)]
 OntoOpt = Annotated[Path | None, typer.Option(
-    "--onto", metavar="CATALOG", help="Start from the products of this catalogue.", show_default=False)]
+    "--onto", metavar="CATALOG", show_default=False,
+    help="Copy this catalogue's products too; the catalogue does not change.")]
 BesideOpt = Annotated[Path | None, typer.Option(
     "--catalog", metavar="CATALOG", help="Leave out near duplicates of this catalogue's gold.", show_default=False)]
 AnyOpt = Annotated[bool, typer.Option(
@@ -201,7 +202,8 @@ def store_prune(dry_run: Annotated[bool, typer.Option("--dry-run", help="Only co
 ProductOpt = Annotated[str | None, typer.Option(
     "--product", metavar="ID", help="Erase all that is stored about this product.", show_default=False)]
 RequestOpt = Annotated[str | None, typer.Option(
-    "--request", metavar="ID", help="Erase what was sent with this request id.", show_default=False)]
+    "--request", metavar="ID", show_default=False,
+    help="Erase the products, predictions and feedback of this request id.")]
 UserOpt = Annotated[str | None, typer.Option(
     "--user", metavar="NAME", show_default=False,
     help="Erase this user with predictions, feedback and jobs; with --request: its sender.")]

@@ -502,7 +502,7 @@ def _type_row(index: int, counts: Counter[int]) -> dict[str, Any]:
 def catalog_tables(
     cat: Catalog,
 ) -> dict[str, pd.DataFrame]: # title → table
-    "Counts by split, product types, reasons for quarantine and warnings, as tables."
+    "Up to four tables: products by split, products by type, quarantined rows by reason, and warnings."
     splits = [_split_row(n, cat.split(n)) for n in ("train", "test") if len(cat.split(n))]
     out = {f"Catalogue {cat.root.name}": pd.DataFrame(splits)}
     if counts := Counter(cat.labelled.label.tolist()):

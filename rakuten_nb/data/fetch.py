@@ -430,7 +430,7 @@ def fetch_part(
 
 # %% ../../nbs/data/46_fetch.ipynb #1b782b65
 def fetch_verified(
-    server: Server,
+    server: Server, # from which the file is fetched
     name: str, # of the file
     folder: Path, # where the file and its note appear
     patience: Retry = PATIENCE,
@@ -446,10 +446,11 @@ def fetch_verified(
         if not combined or attempt == 2:
             wrong = f"expected checksum {note.checksum}; found {found}"
             raise InputError(f"{note.url}: wrong content: {wrong}; the file is removed")
-    note = replace(note, found=found if len(found) == 64 else file_hash(part))
+    sha256 = found if len(found) == 64 else file_hash(part)
+    note = replace(note, found=sha256)
     part.replace(folder / name)
     write_note(folder / name, note)
-    drop(part)
+    drop(part) # its note
     log.info("verified", extra={"file": name, "size": note.size, "sha256": note.found, "checksum": note.checksum})
     return note
 
@@ -485,14 +486,14 @@ def fetch_file(
     target: Path, # replaced when the file is complete and verified
     checksum: str = "", # SHA-256 (64 digits) or MD5 (32) of the content, if it is known
     patience: Retry = PATIENCE, # attempts and waits
-    timeout: tuple[float, float] = TIMEOUT, # seconds: to connect, between two pieces
-) -> FileNote: # with the SHA-256 of the content
-    "Fetch one file, resumed and retried as necessary; raises `InputError` in one line."
-    stage = target.parent / f".{target.name}.download"
-    with disk_errors(stage): stage.mkdir(parents=True, exist_ok=True)
-    with folder_lock(stage, target), closing(DownloadSession()) as session:
+    timeout: tuple[float, float] = TIMEOUT, # seconds to wait: for the connection, for the next bytes
+) -> FileNote: # address, size and SHA-256 of the file
+    "Fetch one file, resumed and retried as necessary; raises `InputError` if it is not available or is wrong."
+    hidden = target.parent / f".{target.name}.download"
+    with disk_errors(hidden): hidden.mkdir(parents=True, exist_ok=True)
+    with folder_lock(hidden, target), closing(DownloadSession()) as session:
         server = SingleFile(session, base_address(url), timeout, checksum=checksum)
-        note = fetch_verified(server, target.name, stage, patience)
-        (stage / target.name).replace(target)
-        shutil.rmtree(stage)
+        note = fetch_verified(server, target.name, hidden, patience)
+        (hidden / target.name).replace(target)
+        shutil.rmtree(hidden)
     return note

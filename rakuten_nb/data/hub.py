@@ -43,9 +43,9 @@ def default_endpoint() -> str: # without a slash at the end
 
 # %% ../../nbs/data/48_hub.ipynb #3c500883
 def hub_folder(
-    url: str, # see `base_address`
-) -> HubFolder | None: # None: another server
-    "The repository that an address names, if it is the address of a hub."
+    url: str, # of a folder, checked by `base_address`
+) -> HubFolder | None: # None: not a hub
+    "The repository, revision and folder that the address of a hub names."
     parts = urlsplit(url)
     if not (m := HUB_PATH.fullmatch(parts.path)): return None
     endpoint = f"{parts.scheme}://{parts.netloc}{m[1]}"

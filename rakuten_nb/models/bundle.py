@@ -56,7 +56,7 @@ class Prediction:
 class Predictions:
     "The predictions for n products, as arrays."
     proba: np.ndarray # (n, 27)
-    shares: np.ndarray # (n, experts): share of each expert in the evidence, rows sum to 1 where an expert saw the product
+    shares: np.ndarray # (n, experts): share of each in the evidence; a row sums to 1 if an expert sees the product
     experts: list[str]
     seen: np.ndarray # (n,) bool: at least one expert sees the product
     threshold: float # a lower confidence needs review

@@ -304,7 +304,7 @@ class TextNgrams(TextNetwork):
     name: ClassVar[str] = "text_ngrams"
     ranges: ClassVar[dict[str, Bounds]] = {"words": (1, 1_000_000), "characters": (1, 1_000_000), "units": (1, 4096),
                                            "dropout": (0.0, 0.95)}
-    min_steps: ClassVar[int] = 12
+    min_steps: ClassVar[int] = 12 # of an epoch: on few products, batches are smaller
 
     def __init__(self, words: int = 40_000, characters: int = 80_000, units: int = 128, dropout: float = 0.7,
                  epochs: int = 7, batch: int = 512, learning_rate: float = 0.006, smoothing: float = 0.0):

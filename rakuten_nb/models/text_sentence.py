@@ -111,20 +111,20 @@ def vector_network(
 
 # %% ../../nbs/models/35_text_sentence.ipynb #237ba534
 def vector_graph(
-    weights: list[np.ndarray], # of `vector_network`: table, its bias; weights, bias of the softmax
+    weights: list[np.ndarray], # of `vector_network`: weights and bias of the hidden layer, then of the softmax
 ) -> bytes: # ONNX file: vector (n, size) → probabilities (n, classes)
-    "Write the network as a graph."
+    "The network as an ONNX graph, with the hidden layer's weights in half precision."
     from onnx.helper import make_node
-    table, bias, w, b = weights
+    hidden, bias, w, b = weights
     nodes = [make_node("Cast", ["table"], ["wide"], to=1), make_node("Mul", ["vector", "stretch"], ["stretched"]),
              make_node("Gemm", ["stretched", "wide", "bias"], ["hidden"]), make_node("Relu", ["hidden"], ["active"]),
              make_node("Gemm", ["active", "w", "b"], ["scores"]),
              make_node("Softmax", ["scores"], ["probabilities"], axis=-1)]
     stretch = np.array(WIDTH ** 0.5, np.float32)
-    constants: dict[str, np.ndarray] = {"table": table.astype(np.float16), "stretch": stretch, "bias": bias,
+    constants: dict[str, np.ndarray] = {"table": hidden.astype(np.float16), "stretch": stretch, "bias": bias,
                                         "w": w, "b": b}
     output: Tensors = {"probabilities": (np.float32, ["n", len(b)])}
-    return onnx_file(nodes, {"vector": (np.float32, ["n", len(table)])}, output, constants)
+    return onnx_file(nodes, {"vector": (np.float32, ["n", len(hidden)])}, output, constants)
 
 # %% ../../nbs/models/35_text_sentence.ipynb #b72a6530
 class TextSentence(TextNetwork):
