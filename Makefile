@@ -58,6 +58,7 @@ serve: .venv/.installed ## serve the API with models/bundle on 127.0.0.1:8000 (P
 
 .PHONY: mlflow
 mlflow: .venv/.installed ## show runs and registered models on 127.0.0.1:5000 (MLFLOW_PORT=…)
+	@test -f mlflow.db || $(BIN)/rakuten-nb model list
 	@echo "http://127.0.0.1:$(MLFLOW_PORT) shows mlflow.db; Ctrl-C stops it"
 	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port $(MLFLOW_PORT) --workers 1
 

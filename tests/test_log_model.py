@@ -24,7 +24,7 @@ from rakuten_nb.tracking.keras2 import (
     write_h5,
 )
 
-pytestmark = pytest.mark.services # starts processes with TensorFlow and MLflow
+services = pytest.mark.services # needs processes with TensorFlow and MLflow; the other tests start neither
 
 TITLES = np.random.default_rng(7).integers(0, 300, (20, 10)).astype(np.float32) # numbers of words
 UNREACHABLE = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
@@ -78,23 +78,26 @@ def with_lambda() -> ModelFile:
     return saved
 
 UNREADABLE = "cannot be read ("
-# Refused model files: the content, and a part of the error.
-BAD: dict[str, tuple[ModelFile | bytes, str]] = {
+# Files that are no model: the content, and a part of the error.
+NO_MODEL: dict[str, tuple[bytes, str]] = {
     "empty.h5": (b"", "an empty file"),
     "pickle.h5": (pickle.dumps(Canary(Path("canary"))), "a pickle, which is never opened"),
     "page.keras": (b"<!DOCTYPE html>", "found text"),
+    "cut.h5": (b"", UNREADABLE), # the first half of a model, written later
+}
+# Refused models: the content, and a part of the error.
+BAD: dict[str, tuple[ModelFile | bytes, str]] = {
     "lambda.h5": (with_lambda(), "found 'Lambda'"),
     "time_major.h5": (changed("LSTM", time_major=True), "layer 'lstm' (LSTM): expected time_major=False"),
     "hard_sigmoid.h5": (changed("LSTM", recurrent_activation="hard_sigmoid"), "x/6 + 0.5 in Keras 3"),
     "unknown.h5": (changed("Dense", wisdom=3), "expected arguments that Keras 2 or 3 defines; found wisdom=3"),
     "wider.h5": (changed("Dense", units=28), UNREADABLE),
     "weightless.h5": (small()._replace(weights={}), UNREADABLE),
-    "cut.h5": (b"", UNREADABLE), # the first half of a model, written later
-    "cut.keras": (b"", UNREADABLE), # the same
+    "cut.keras": (b"", UNREADABLE), # the first half of an archive, written later
 }
 # Refused combinations of files: the arguments, and a part of the error.
+OTHER_TOKENIZER = (["narrow.h5", "tokenizer_config.json"], "expected word numbers below 200")
 MISMATCHES = {
-    "tokenizer of another model": (["narrow.h5", "tokenizer_config.json"], "expected word numbers below 200"),
     "mapper to other types": (["best_lstm_model.h5", "other/mapper.json"], "1 missing (2905), 1 unknown (99)"),
     "broken mapper": (["best_lstm_model.h5", "broken/mapper.json"], "expected JSON"),
     "no model": (["mapper.json"], "expected one model file"),
@@ -107,7 +110,7 @@ def write_models(home: Path) -> None:
     "The course's model, one with fewer words, and the refused model files."
     write_h5(home / "best_lstm_model.h5", small())
     write_h5(home / "narrow.h5", small(words=200))
-    for name, (content, _) in BAD.items():
+    for name, (content, _) in (NO_MODEL | BAD).items():
         if isinstance(content, bytes): (home / name).write_bytes(content)
         else: write_h5(home / name, content)
     (home / "cut.h5").write_bytes((home / "best_lstm_model.h5").read_bytes()[:6000])
@@ -168,15 +171,23 @@ def log_course(home: Path, rakuten: Run) -> Result:
     return result.returncode, result.stdout, result.stderr
 
 def other_calls(home: Path) -> dict[str, tuple[list[str], dict[str, str]]]:
-    "The arguments and the environment of all further commands, by name."
-    files = {name: [name] for name in [*BAD, "again.keras"]} | {name: names for name, (names, _) in MISMATCHES.items()}
+    "The arguments and the environment of the other commands that need TensorFlow, by name."
+    files = {name: [name] for name in [*BAD, "again.keras"]} | {"other tokenizer": OTHER_TOKENIZER[0]}
     files["unreachable"] = ["narrow.h5"]
     command = lambda names: ["log-model", *(str(home / name) for name in names)]
     return {name: (command(names), UNREACHABLE if name == "unreachable" else {}) for name, names in files.items()}
 
 @pytest.fixture(scope="session")
+def model_files(shared: Path) -> Path:
+    "A folder of the models, the companions, and the files that are no model."
+    def make(part: Path) -> None:
+        write_models(part)
+        write_companions(part)
+    return once(shared / "model_files", make)
+
+@pytest.fixture(scope="session")
 def tracked(shared: Path, rakuten: Run, python: Run) -> Tracked:
-    "The course's model with its companions, its converted form, and all refused files; logged once in a test run."
+    "The course's model with its companions, its converted form, and the refused models; logged once in a test run."
     home = shared / "log_model_home"
     def make(part: Path) -> None:
         shutil.rmtree(home, ignore_errors=True)
@@ -194,6 +205,7 @@ def tracked(shared: Path, rakuten: Run, python: Run) -> Tracked:
 
 # --- accepted models
 
+@services
 def test_prints_the_changes_and_the_differences(tracked: Tracked) -> None:
     _, out, err = tracked.results["course"]
     expected = ("Keras 2.15.0", "time_major=False left out", "input_length=10 left out", "renamed to batch_shape",
@@ -201,6 +213,7 @@ def test_prints_the_changes_and_the_differences(tracked: Tracked) -> None:
                 "tokenizer.pickle: pickle, stored without opening it", "mapper_order taxonomy", "models:/")
     assert [part for part in expected if part not in " ".join(out.split())] == [] and err == ""
 
+@services
 def test_the_run_is_finished_and_has_parameters_tags_and_metrics(tracked: Tracked) -> None:
     name = "best_lstm_model.h5"
     assert tracked.rows(f"select status from runs where run_uuid = '{tracked.run(name)}'") == [("FINISHED",)]
@@ -210,17 +223,20 @@ def test_the_run_is_finished_and_has_parameters_tags_and_metrics(tracked: Tracke
     assert tags["keras_version"] == "2.15.0" and "time_major" in tags["remarks"] and len(tags["source_sha256"]) == 64
     assert metrics["resaved_difference"] <= 1e-6 and metrics["numpy_difference"] <= 1e-5
 
+@services
 def test_the_original_files_are_stored_unchanged(tracked: Tracked) -> None:
     files = {name: path.read_bytes() for name, path in tracked.artifacts("best_lstm_model.h5").items()}
     assert files["original/best_lstm_model.h5"] == (tracked.home / "best_lstm_model.h5").read_bytes()
     assert {name for name in files if name.startswith("companions/")} == {f"companions/{name}" for name in COMPANIONS}
     assert all((tracked.home / name).read_bytes() == files[f"companions/{name}"] for name in COMPANIONS)
 
+@services
 def test_no_pickle_is_opened(tracked: Tracked, tmp_path: Path) -> None:
     assert not (tracked.home / "canary").exists() and not (tracked.home.parent / "canary").exists()
     pickle.loads(pickle.dumps(Canary(tmp_path / "canary"))) # noqa: S301 # shows that the canary works
     assert (tmp_path / "canary").exists()
 
+@services
 def test_no_pickle_is_written(tracked: Tracked) -> None:
     given = ("companions/", "original/")
     written = {name: p for name, p in tracked.artifacts("best_lstm_model.h5").items() if not name.startswith(given)}
@@ -230,6 +246,7 @@ def test_no_pickle_is_written(tracked: Tracked) -> None:
     with zipfile.ZipFile(written["data/model.keras"]) as z:
         assert set(z.namelist()) == {"metadata.json", "config.json", "model.weights.h5"}
 
+@services
 def test_the_logged_model_predicts_as_numpy_does(tracked: Tracked, python: Run, tmp_path: Path) -> None:
     uri = next(word for word in tracked.results["course"][1].split() if word.startswith("models:/"))
     titles, outputs = tmp_path / "titles.npy", tmp_path / "outputs.npz"
@@ -243,6 +260,7 @@ def test_the_logged_model_predicts_as_numpy_does(tracked: Tracked, python: Run, 
         for way in ("keras", "pyfunc"):
             assert arrays[way].shape == (20, 27) and largest_difference([arrays[way]], [expected]) <= 1e-6
 
+@services
 def test_a_keras_3_archive_without_companions_is_logged_unchanged(tracked: Tracked) -> None:
     code, out, err = tracked.results["again.keras"]
     assert code == 0 and "no changes to the configuration" in out, err
@@ -255,23 +273,45 @@ def error_line(result: Result, code: int = 2) -> str:
     assert result[0] == code and result[2].startswith("error: ") and result[2].count("\n") == 1, result
     return result[2]
 
+def refused(rakuten: Run, folder: Path, *names: str) -> str:
+    "The error for files of a folder, which are refused before MLflow creates its database."
+    result = rakuten("log-model", *(folder / name for name in names), extra=tracking(folder))
+    assert not (folder / "mlflow.db").exists()
+    return error_line((result.returncode, result.stdout, result.stderr))
+
+def check_parts(error: str) -> None:
+    "Assert that an error has the form `NAME: expected …; found …; what to do`."
+    expected, found, *remedy = error.split("; ")
+    assert ": expected " in expected and found.startswith("found ") and remedy, "expected …; found …; what to do"
+
+@pytest.mark.parametrize("name", NO_MODEL)
+def test_rejects_a_file_that_is_no_model(name: str, model_files: Path, rakuten: Run) -> None:
+    error = refused(rakuten, model_files, name)
+    assert name in error and NO_MODEL[name][1] in error
+    check_parts(error)
+    assert not (model_files.parent / "canary").exists(), "the pickle is not opened"
+
+@pytest.mark.parametrize("name", MISMATCHES)
+def test_rejects_files_that_do_not_match(name: str, model_files: Path, rakuten: Run) -> None:
+    names, message = MISMATCHES[name]
+    assert message in refused(rakuten, model_files, *names).replace(f"{model_files}/", "")
+
+@services
+def test_rejects_the_tokenizer_of_another_model(tracked: Tracked) -> None:
+    assert OTHER_TOKENIZER[1] in error_line(tracked.results["other tokenizer"])
+
+@services
 @pytest.mark.parametrize("name", BAD)
 def test_rejects_a_bad_model_with_one_line(name: str, tracked: Tracked) -> None:
     error = error_line(tracked.results[name])
     assert name in error and BAD[name][1] in error
+    check_parts(error)
 
-@pytest.mark.parametrize("name", BAD)
-def test_the_error_states_expected_found_and_remedy(name: str, tracked: Tracked) -> None:
-    expected, found, *remedy = error_line(tracked.results[name]).split("; ")
-    assert ": expected " in expected and found.startswith("found ") and remedy, "expected …; found …; what to do"
-
-@pytest.mark.parametrize("name", MISMATCHES)
-def test_rejects_files_that_do_not_match_with_one_line(name: str, tracked: Tracked) -> None:
-    assert MISMATCHES[name][1] in error_line(tracked.results[name]).replace(f"{tracked.home}/", "")
-
+@services
 def test_an_unreachable_mlflow_is_one_line(tracked: Tracked) -> None:
     assert "127.0.0.1:9: connection refused" in error_line(tracked.results["unreachable"], code=1)
 
+@services
 def test_refused_files_leave_no_run(tracked: Tracked) -> None:
     runs = tracked.rows("select status, value from runs join tags using (run_uuid) where key = 'source'")
     assert sorted(runs) == [("FINISHED", "again.keras"), ("FINISHED", "best_lstm_model.h5")]

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PlotsOpt', 'OutOpt', 'SplitOpt', 'ExplainOpt', 'ChampionOpt', 'model', 'UriArg', 'print_training', 'train',
-           'print_evaluation', 'evaluate', 'predict', 'print_decision', 'gate', 'model_pull', 'model_list', 'log_model']
+           'print_evaluation', 'evaluate', 'predict', 'print_decision', 'gate', 'model_pull', 'model_list',
+           'model_relocate', 'log_model']
 
 # %% ../../nbs/cli/30_models.ipynb #f048c8c9
 from pathlib import Path
@@ -217,6 +218,14 @@ def model_list() -> None:
     versions = versions_frame()
     empty = "no model is registered; `rakuten-nb stage register` registers the one in models/bundle"
     out_console().print(rich_table(versions) if len(versions) else empty)
+
+# %% ../../nbs/cli/30_models.ipynb #c37fb367
+@model.command("relocate")
+def model_relocate() -> None:
+    "Correct the addresses in a local registry after the project was moved or copied."
+    from rakuten_nb.tracking.local_store import relocate_store
+    moved = relocate_store()
+    out_console().print(moved or "nothing to correct: the registry's files are beside it, or on a server", soft_wrap=True)
 
 # %% ../../nbs/cli/30_models.ipynb #76fff35f
 @app.command("log-model")

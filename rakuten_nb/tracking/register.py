@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['REQUIRED', 'EXAMPLE', 'REGISTERED_FILE', 'flatten_params', 'metric_values', 'run_metrics', 'git_output',
-           'commit_tags', 'experiment_tags', 'model_signature', 'log_model', 'finished_run', 'log_curves', 'log_run',
-           'version_tags', 'create_model', 'make_version', 'give_alias', 'Registered', 'register_bundle',
-           'save_registered', 'load_registered', 'mirror_address', 'mirror_run']
+           'commit_tags', 'experiment_tags', 'model_signature', 'log_bundle', 'finished_run', 'final_curve',
+           'log_curves', 'log_run', 'version_tags', 'create_model', 'find_or_create_version', 'assign_alias',
+           'Registered', 'register_bundle', 'save_registered', 'load_registered', 'mirror_address', 'mirror_run']
 
 # %% ../../nbs/tracking/30_register.ipynb #b944d9cf
 import csv
@@ -26,6 +26,7 @@ from ..errors import RakutenError
 from ..files import atomic_file
 from ..models.bundle import verify_bundle
 from ..models.workspace import Workspace
+from .local_store import relocate_store
 from .registry import CHALLENGER, CHAMPION, MODEL_NAME, aliases, all_versions, open_tracking
 
 # %% ../../nbs/tracking/30_register.ipynb #791dc8e5
@@ -71,6 +72,7 @@ def git_output(
     command = ["git", "-C", str(root), *args]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
 
+# %% ../../nbs/tracking/30_register.ipynb #08dbaa5a
 def commit_tags(
     root: Path, # of the project
 ) -> dict[str, str]: # commit, uncommitted_files; empty outside a git repository
@@ -104,7 +106,7 @@ def model_signature() -> Any: # mlflow.models.ModelSignature
 REQUIRED = ("mlflow", "numpy", "onnxruntime", "pandas", "pillow", "pydantic-settings", "rich", "scikit-learn", "scipy")
 EXAMPLE = {"designation": "Piscine hors sol ronde", "description": "Piscine tubulaire avec pompe de filtration"}
 
-def log_model(
+def log_bundle(
     mlflow: Any, # with an active run
     bundle: Path,
     digest: str, # the bundle's hash
@@ -133,6 +135,16 @@ def finished_run(
     finished = (run for run in runs if run.info.status == "FINISHED")
     return next((run for run in finished if bool(run.outputs.model_outputs) >= as_model), None)
 
+# %% ../../nbs/tracking/30_register.ipynb #fe30dc0e
+def final_curve(
+    file: Path, # curves.csv of an expert, in a folder of its name
+) -> dict[int, dict[str, float]]: # epoch → metrics such as text_sentence/loss
+    "The training curve of an expert's final fit."
+    with file.open(encoding="utf-8", newline="") as f: rows = [r for r in csv.DictReader(f) if r["fold"] == "final"]
+    name = lambda column: f"{file.parent.name}/{column}"
+    return {int(float(row["epoch"])): {name(k): float(v) for k, v in row.items() if k not in ("fold", "epoch") and v}
+            for row in rows}
+
 # %% ../../nbs/tracking/30_register.ipynb #a96a90a6
 def log_curves(
     mlflow: Any, # with an active run
@@ -140,12 +152,8 @@ def log_curves(
 ) -> None:
     "Log the training curves of the experts in a folder."
     for file in sorted(folder.glob("*/curves.csv")):
-        expert = file.parent.name
-        mlflow.log_artifact(str(file), f"curves/{expert}")
-        with file.open(encoding="utf-8", newline="") as f: rows = [r for r in csv.DictReader(f) if r["fold"] == "final"]
-        for row in rows:
-            values = {f"{expert}/{k}": float(v) for k, v in row.items() if k not in ("fold", "epoch") and v}
-            mlflow.log_metrics(values, step=int(float(row["epoch"])))
+        mlflow.log_artifact(str(file), f"curves/{file.parent.name}")
+        for epoch, values in final_curve(file).items(): mlflow.log_metrics(values, step=epoch)
 
 # %% ../../nbs/tracking/30_register.ipynb #12dcda12
 def log_run(
@@ -164,7 +172,7 @@ def log_run(
         for place, folder in (("metrics", ws.metrics), ("plots", ws.plots)):
             if folder.is_dir(): mlflow.log_artifacts(str(folder), place)
         for folder in (ws.text, ws.image): log_curves(mlflow, folder)
-        if as_model: log_model(mlflow, ws.bundle, digest)
+        if as_model: log_bundle(mlflow, ws.bundle, digest)
         else: mlflow.log_artifacts(str(ws.bundle), "bundle")
     return mlflow.get_run(run.info.run_id)
 
@@ -189,7 +197,7 @@ def create_model(
         if e.error_code != "RESOURCE_ALREADY_EXISTS": raise
 
 # %% ../../nbs/tracking/30_register.ipynb #d41ee1fb
-def make_version(
+def find_or_create_version(
     mlflow: Any, # from `open_tracking`
     run: Any, # of `log_run`
     name: str, # of the registered model
@@ -205,7 +213,7 @@ def make_version(
     return create(name, source, run.info.run_id, version_tags(run), model_id=model_id), True
 
 # %% ../../nbs/tracking/30_register.ipynb #ecb48c57
-def give_alias(
+def assign_alias(
     mlflow: Any, # from `open_tracking`
     registered: Any, # mlflow's ModelVersion
     name: str, # of the registered model
@@ -247,12 +255,13 @@ def register_bundle(
     "Log the workspace's bundle once and register it once; raises `TrackingUnavailable`."
     settings, meta = settings or read_settings(), verify_bundle(ws.bundle)
     digest, uri = meta["self"], redact_url(settings.tracking_uri)
+    relocate_store(settings) # after a move of the project
     with open_tracking(settings) as mlflow:
         run = finished_run(mlflow, digest, settings.mlflow_experiment_name) or log_run(mlflow, ws, meta)
         result = Registered(digest, run.info.run_id, uri, name, None, "", False)
         if not experiment_tags():
-            registered, new = make_version(mlflow, run, name)
-            alias = give_alias(mlflow, registered, name) or registered.tags["named"]
+            registered, new = find_or_create_version(mlflow, run, name)
+            alias = assign_alias(mlflow, registered, name) or registered.tags["named"]
             result = Registered(digest, run.info.run_id, uri, name, int(registered.version), alias, new)
     get_logger("train_model_logger").info("registered", extra=asdict(result))
     return result
@@ -265,6 +274,7 @@ def save_registered(registered: Registered, ws: Workspace) -> None:
     text = json.dumps(asdict(registered), indent=1) + "\n"
     with atomic_file(ws.root / REGISTERED_FILE) as part: part.write_text(text, encoding="utf-8")
 
+# %% ../../nbs/tracking/30_register.ipynb #aa6e856a
 def load_registered(ws: Workspace) -> Registered | None: # None if the workspace's bundle is not registered
     "Read the registration of the workspace's bundle."
     try: registered = Registered(**json.loads((ws.root / REGISTERED_FILE).read_text(encoding="utf-8")))
