@@ -225,7 +225,8 @@ def model_relocate() -> None:
     "Correct the addresses in a local registry after the project was moved or copied."
     from rakuten_nb.tracking.local_store import relocate_store
     moved = relocate_store()
-    out_console().print(moved or "nothing to correct: the registry's files are beside it, or on a server", soft_wrap=True)
+    unmoved = "nothing to correct: the registry's files are beside it, or on a server"
+    out_console().print(moved or unmoved, soft_wrap=True)
 
 # %% ../../nbs/cli/30_models.ipynb #76fff35f
 @app.command("log-model")
