@@ -193,7 +193,8 @@ def test_an_archive_gets_the_predictions_of_its_directory(api: ApiProcess, marie
     assert api.client.get(f"/jobs/{job}/predictions.csv", headers=marie).content == expected
     assert b"picture: not a JPEG, PNG or WebP" in expected and b"image:" in expected
     folder = api.home / "data/jobs" / job
-    until(lambda: sorted(p.name for p in folder.iterdir()) == ["predictions.csv", "predictions.parquet"])
+    files = ["pictures.json", "predictions.csv", "predictions.parquet"]
+    until(lambda: sorted(p.name for p in folder.iterdir()) == files)
 
 def test_the_line_of_a_faulty_row_names_the_error(api: ApiProcess, marie: Header) -> None:
     content = 'description,designation\n,=HYPERLINK("http://x")\n,\n,' + "x" * 300_000 + "\n,+33\n,🎁 \"\"<b>\n"
@@ -243,7 +244,7 @@ REFUSED: dict[str, tuple[int, str, Callable[[], bytes]]] = {
     "a column twice": (422, "given twice", lambda: b"designation,description,designation\n0,a,b\n"),
     "semicolons": (422, "semicolons", lambda: b"designation;description\na;b\n"),
     "Latin-1": (422, "line 3 is not", lambda: HEADER.encode() + b"0,a,b,1,2\n" + LATIN),
-    "UTF-16": (422, "expected UTF-8", lambda: CSV.decode().encode("utf-16")),
+    "UTF-16": (422, "found UTF-16", lambda: CSV.decode().encode("utf-16")),
     "a short row": (422, "line 3: expected 5 fields", lambda: HEADER.encode() + b"0,a,b,1,2\n1,a,b\n"),
     "a quotation mark": (422, "not CSV", lambda: HEADER.encode() + b'0,"a" b,c,1,2\n'),
     "an id that is a path": (422, "row 1, field productid", lambda: HEADER.encode() + b"0,a,b,../../etc/passwd,2\n"),

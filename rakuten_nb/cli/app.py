@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ABOUT', 'app', 'Version', 'CatalogArg', 'BundleArg', 'ParamsOpt', 'ExpertsOpt', 'JsonOpt', 'common', 'plain', 'note',
-           'run_app', 'report_quarantine']
+           'report_console', 'OutputFile', 'open_streams', 'run_app', 'report_quarantine']
 
 # %% ../../nbs/cli/10_app.ipynb #a41650c8
 import io
@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.markup import escape
 
 from .. import __version__
 from ..console import err_console, out_console
 from ..data.catalog import Catalog
-from ..errors import RakutenError
+from ..errors import InputError, RakutenError
+from ..files import STANDARD_OUTPUT
 
 # %% ../../nbs/cli/10_app.ipynb #a5fa4d50
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1") # ONNX Runtime reads it when it is imported
@@ -61,9 +63,41 @@ def note(
     "Print one line on standard error."
     err_console().print(f"[yellow]{label}:[/] {plain(text)}", soft_wrap=True)
 
+# %% ../../nbs/cli/10_app.ipynb #9fc6030b
+def report_console(
+    result: Path | None, # of an option such as `--out`
+) -> Console:
+    "The console for a report: standard output, or standard error if the result itself goes to standard output."
+    return err_console() if result == STANDARD_OUTPUT else out_console()
+
+# %% ../../nbs/cli/10_app.ipynb #8c98ce07
+class OutputFile(io.FileIO):
+    "Standard output; a write that fails ends the command."
+    def write(self, data: Any) -> int:
+        "Write bytes; raises `InputError`, or `SystemExit` if the reader of a pipe has left."
+        try: return super().write(data) or 0
+        except OSError as e:
+            with Path(os.devnull).open("wb") as null: os.dup2(null.fileno(), self.fileno())
+            if isinstance(e, BrokenPipeError): raise SystemExit(1) from None
+            raise InputError(f"standard output: cannot be written: {e.strerror}; send it to a file or a pipe") from None
+
+# %% ../../nbs/cli/10_app.ipynb #36e2e2b2
+def open_streams() -> None:
+    "Open standard streams that are closed, and let a failed write to standard output end the command."
+    for name, mode in (("stdin", os.O_RDONLY), ("stdout", os.O_RDONLY), ("stderr", os.O_WRONLY)):
+        if getattr(sys, name) is None:
+            null = os.fdopen(os.open(os.devnull, mode), "r" if name == "stdin" else "w")
+            setattr(sys, name, null)
+            setattr(sys, f"__{name}__", null)
+    old = sys.__stdout__
+    if old is None or sys.stdout is not old: return # a test or a notebook captures it
+    raw = OutputFile(old.fileno(), "w", closefd=False)
+    sys.stdout = io.TextIOWrapper(io.BufferedWriter(raw), old.encoding, line_buffering=old.line_buffering)
+
 # %% ../../nbs/cli/10_app.ipynb #19f03d36
 def _prepare_process() -> None:
-    "Set up warnings, output encoding and signals."
+    "Set up warnings, streams and signals."
+    open_streams()
     warnings.filterwarnings("ignore", module="PIL") # about the metadata of pictures that decode well
     warnings.filterwarnings("ignore", "The number of unique classes", module="sklearn") # the catalogue report has it
     warnings.showwarning = lambda message, *_: note(str(message), "warning")
@@ -77,7 +111,9 @@ def run_app(
 ) -> None:
     "Run the command line; a `RakutenError` becomes one line on standard error and its exit code."
     _prepare_process()
-    try: application()
+    try:
+        try: application()
+        finally: sys.stdout.flush() # here a failure is one line
     except RakutenError as e:
         err_console().print(f"[bold red]error:[/] {plain(e)}", soft_wrap=True)
         sys.exit(e.exit_code)
@@ -96,7 +132,7 @@ ExpertsOpt = Annotated[str | None, typer.Option(
 
 # %% ../../nbs/cli/10_app.ipynb #b9445519
 JsonOpt = Annotated[Path | None, typer.Option(
-    "--json", metavar="OUT", help="Also write the result to this JSON file.", show_default=False)]
+    "--json", metavar="OUT", help="Also write the result to this JSON file; `-`: standard output.", show_default=False)]
 
 # %% ../../nbs/cli/10_app.ipynb #9aa0fa38
 def report_quarantine(

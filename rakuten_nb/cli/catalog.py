@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .app import CatalogArg, ExpertsOpt, ParamsOpt, app, plain, report_quarantine
+from .app import CatalogArg, ExpertsOpt, ParamsOpt, app, plain, report_console, report_quarantine
 from ..config import read_settings
 from ..console import out_console, rich_table
 from ..data.catalog import read_catalog, write_quarantine
@@ -60,11 +60,12 @@ def check(
 ) -> None:
     "Check a catalogue, pictures included; report what is present, missing and quarantined (unusable)."
     cat = read_catalog(catalog)
-    out_console().print(cat)
+    con = report_console(quarantine)
+    con.print(cat)
     if quarantine:
         write_quarantine(cat.quarantine, quarantine)
-        out_console().print(f"{quarantine}: {len(cat.quarantine):,} quarantined")
-    if not cat.quarantine: out_console().print("nothing is quarantined")
+        con.print(f"{quarantine}: {len(cat.quarantine):,} quarantined")
+    if not cat.quarantine: con.print("nothing is quarantined")
 
 # %% ../../nbs/cli/20_catalog.ipynb #8717f396
 AuditOut = Annotated[Path, typer.Option(
@@ -78,10 +79,11 @@ AuditLimit = Annotated[int, typer.Option("--limit", min=0, help="Number of suspi
 def print_audit(
     labels: DataFrame, # every audited label, as `audit_catalog` returns them
     limit: int, # rows to print
+    out: Path | None = None, # `-`: print on standard error
 ) -> None:
     "Print the most suspicious labels and the most frequent confusions."
     from rakuten_nb.evaluation.audit import audit_pairs, audit_summary
-    suspects, con = labels[labels["suspect"]], out_console()
+    suspects, con = labels[labels["suspect"]], report_console(out)
     if limit and len(suspects):
         con.print(rich_table(suspects.head(limit).drop(columns=["row", "suspect"]), "Most suspicious labels"))
     if len(suspects): con.print(rich_table(audit_pairs(labels).head(8), "Most frequent"))
@@ -108,5 +110,5 @@ def audit(
     report_quarantine(cat)
     labels = audit_with(model, cat, auditing) if model else audit_catalog(cat, training, auditing, experts)
     write_audit(out, labels)
-    print_audit(labels, limit)
-    out_console().print(f"{out}: {int(labels['suspect'].sum()):,} suspicious labels")
+    print_audit(labels, limit, out)
+    report_console(out).print(f"{out}: {int(labels['suspect'].sum()):,} suspicious labels")

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PlotsOpt', 'OutOpt', 'SplitOpt', 'ExplainOpt', 'ChampionOpt', 'model', 'UriArg', 'print_training', 'train',
-           'print_evaluation', 'evaluate', 'predict', 'print_decision', 'gate', 'model_pull', 'model_list',
-           'model_relocate', 'log_model']
+           'print_evaluation', 'evaluate', 'report_pictures', 'predict', 'print_decision', 'gate', 'model_pull',
+           'model_list', 'model_relocate', 'log_model']
 
 # %% ../../nbs/cli/30_models.ipynb #f048c8c9
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,11 +23,12 @@ from rakuten_nb.cli.app import (
     app,
     note,
     plain,
+    report_console,
     report_quarantine,
 )
 from ..config import read_settings
 from ..console import out_console, rich_table
-from ..data.catalog import read_catalog
+from ..data.catalog import Catalog, read_catalog
 from ..errors import AnswerIsNo, InputError
 
 if TYPE_CHECKING:
@@ -80,6 +82,7 @@ def train(
 def print_evaluation(
     evaluation: Evaluation,
     title: str, # of the first table
+    json: Path | None = None, # `-`: print on standard error
 ) -> None:
     "Print the metrics by expert, the hardest types, and the metrics by modality."
     from rakuten_nb.evaluation.report import (
@@ -90,7 +93,7 @@ def print_evaluation(
         modality_curves,
         modality_frame,
     )
-    con, y, fused = out_console(), evaluation.y, evaluation.fused
+    con, y, fused = report_console(json), evaluation.y, evaluation.fused
     kinds = modality_curves(y, fused, {name: rows for name, (rows, _) in evaluation.experts.items()})
     figures = evaluation.to_json()
     con.print(rich_table(evaluation_frame(figures), title))
@@ -117,13 +120,22 @@ def evaluate(bundle: BundleArg, catalog: CatalogArg, json: JsonOpt = None, plots
     cat = read_catalog(catalog)
     report_quarantine(cat)
     evaluation = score(model, cat)
-    print_evaluation(evaluation, f"Model {model.version} on {cat.root.name}")
+    print_evaluation(evaluation, f"Model {model.version} on {cat.root.name}", json)
     if json: write_json(json, evaluation.to_json())
     curves = {e: (evaluation.y[r], p[r]) for e, (r, p) in evaluation.experts.items() if r.any()}
     if plots: write_plots(curves | {"fused": (evaluation.y, evaluation.fused)}, plots)
 
+# %% ../../nbs/cli/30_models.ipynb #b7d49ca9
+def report_pictures(
+    catalog: Catalog, # as read
+) -> None:
+    "Print which files of the picture folders belong to no product, on standard error."
+    for use in catalog.pictures:
+        if use.unused: note(use.summary(), "pictures")
+
 # %% ../../nbs/cli/30_models.ipynb #0c57753f
-OutOpt = Annotated[Path, typer.Option("--out", metavar="FILE", help="CSV file to write.", show_default=False)]
+OutOpt = Annotated[Path, typer.Option("--out", metavar="FILE", help="CSV file to write; `-`: standard output.",
+                                       show_default=False)]
 SplitOpt = Annotated[str, typer.Option(
     "--split", metavar="train|test|all", help="Products to predict: X_train_update.csv, X_test_update.csv, or all.")]
 ExplainOpt = Annotated[bool, typer.Option(
@@ -136,33 +148,37 @@ def predict(
 ) -> None:
     "Predict the type of every product of a catalogue, in input order."
     from rakuten_nb.evaluation.explain import add_column, explain_all
-    from rakuten_nb.files import check_writable
-    from rakuten_nb.models.bundle import load_bundle, write_predictions
+    from rakuten_nb.files import STANDARD_OUTPUT, check_writable, standard_output
+    from rakuten_nb.models.bundle import load_bundle, picture_remarks, write_predictions
     if split not in {"train", "test", "all"}: raise InputError(f"--split: expected train, test or all; found {split!r}")
     check_writable(out)
     model = load_bundle(bundle, read_settings().cache_dir)
     cat = read_catalog(catalog)
     report_quarantine(cat)
+    report_pictures(cat)
     products = cat.split(split)
     predictions = model.predict(products)
     explanations = explain_all(model, products) if explain else []
-    write_predictions(out, products, predictions, cat.quarantine)
-    if explain: add_column(out, "explanation", explanations)
+    with standard_output() if out == STANDARD_OUTPUT else nullcontext(out) as path:
+        write_predictions(path, products, predictions, cat.quarantine, picture_remarks(products))
+        if explain: add_column(path, "explanation", explanations)
     unseen, review = int((~predictions.seen).sum()), int(predictions.needs_review.sum())
-    out_console().print(f"{out}: {len(predictions):,} products, {unseen:,} without a prediction, "
-                        f"{review:,} need review")
+    report_console(out).print(f"{out}: {len(predictions):,} products, {unseen:,} without a prediction, "
+                              f"{review:,} need review")
 
 # %% ../../nbs/cli/30_models.ipynb #a60c6241
 def print_decision(
     decision: GateDecision,
     catalog: str, # name of the catalogue
+    json: Path | None = None, # `-`: print on standard error
 ) -> None:
     "Print what the gate measured."
+    con = report_console(json)
     versus = f", champion {decision.champion}" if decision.champion else ""
-    out_console().print(rich_table(decision.frame(), f"Model {decision.model} on gold of {catalog}{versus}"))
+    con.print(rich_table(decision.frame(), f"Model {decision.model} on gold of {catalog}{versus}"))
     rows, trained = decision.rows, decision.rows["trained_on"]
     left_out = f"; {trained:,} left out because a model was trained on them" if trained else ""
-    out_console().print(f"based on {rows['scored']:,} of {rows['gold']:,} gold products{left_out}")
+    con.print(f"based on {rows['scored']:,} of {rows['gold']:,} gold products{left_out}")
 
 # %% ../../nbs/cli/30_models.ipynb #ac86b03e
 ChampionOpt = Annotated[Path | None, typer.Option(
@@ -189,9 +205,9 @@ def gate(
     report_quarantine(cat)
     decision = decide(model, cat, criteria, split, other)
     if json: write_json(json, decision.to_json())
-    print_decision(decision, cat.root.name)
+    print_decision(decision, cat.root.name, json)
     if not decision.passed: raise AnswerIsNo(decision.summary())
-    out_console().print(plain(decision.summary()))
+    report_console(json).print(plain(decision.summary()))
 
 # %% ../../nbs/cli/30_models.ipynb #23600111
 model = typer.Typer(no_args_is_help=True, help="Models of the MLflow registry.")

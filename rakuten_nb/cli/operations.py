@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from .app import JsonOpt, app, plain
+from .app import JsonOpt, app, plain, report_console
 from ..config import read_settings
 from ..console import out_console, rich_table
 
@@ -91,7 +91,7 @@ def bench(bundle: BenchBundle = None, rounds: RoundsOpt = 10, course: CourseOpt 
     from rakuten_nb.files import check_writable
     from rakuten_nb.operations.bench import bench_service
     if json: check_writable(json)
-    result, con = bench_service(bundle or read_settings().rakuten_bundle, rounds, course), out_console()
+    result, con = bench_service(bundle or read_settings().rakuten_bundle, rounds, course), report_console(json)
     title = f"One product, {os.cpu_count()} processors, model {result.model_version}"
     con.print(rich_table(result.frame(), title, floatfmt=".1f"))
     if course: con.print(f"the reference networks take {result.ratio:.1f} times as long")

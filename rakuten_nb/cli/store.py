@@ -48,8 +48,8 @@ RoleOpt = Annotated[str, typer.Option(
 
 # %% ../../nbs/cli/40_store.ipynb #82d8c79f
 def _stdin_password() -> str:
-    "One line of UTF-8 from standard input."
-    try: password = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n").removesuffix("\r")
+    "One line of UTF-8 from standard input, without a byte order mark."
+    try: password = sys.stdin.buffer.read().decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError:
         raise InputError("password: expected UTF-8 on standard input; found other bytes") from None
     if "\n" in password: raise InputError("password: expected one line on standard input; found several")

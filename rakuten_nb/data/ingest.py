@@ -18,9 +18,10 @@ from urllib3.util.retry import Retry
 from ..addresses import redact_url
 from ..config import get_logger, read_settings
 from .archive import FOLDERS
-from .catalog import picture_folder, read_split
+from .catalog import read_split
 from .download import TABLES, download_catalog
 from .fetch import PATIENCE, base_address
+from .picture_files import picture_folder
 from .sample import make_sample
 from ..errors import InputError
 from ..files import atomic_folder, link_or_copy

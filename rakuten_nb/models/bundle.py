@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['FORMAT', 'READABLE_FORMATS', 'LIBRARIES', 'META_FIELDS', 'COLUMNS', 'Prediction', 'Predictions', 'BundleError',
            'listed_files', 'meta_hash', 'read_meta', 'verify_bundle', 'fingerprints', 'Bundle', 'bundle_meta',
-           'check_bundle_place', 'save_bundle', 'load_expert', 'load_bundle', 'prediction_cells', 'write_predictions']
+           'check_bundle_place', 'save_bundle', 'load_expert', 'load_bundle', 'prediction_cells', 'picture_remarks',
+           'write_predictions']
 
 # %% ../../nbs/models/80_bundle.ipynb #e0f9ef27
 import csv
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +26,7 @@ from ..config import get_logger
 from ..console import progress
 from ..data.catalog import Products, Quarantined, safe_cell
 from ..data.clean import clean_text
+from ..data.picture import PictureError, picture_remark
 from ..errors import InputError
 from ..files import atomic_file, atomic_folder, check_writable, file_hash
 from .experts import Expert, expert_class
@@ -263,37 +266,55 @@ Bundle.load = staticmethod(load_bundle) # type: ignore[attr-defined]
 Bundle.save = save_bundle # type: ignore[attr-defined]
 
 # %% ../../nbs/models/80_bundle.ipynb #3fd6403a
-COLUMNS = ("productid", "imageid", "prdtypecode", "name", "confidence", "needs_review", "top5", "experts", "error")
+COLUMNS = ("productid", "imageid", "prdtypecode", "name", "confidence", "needs_review", "top5", "experts", "error",
+           "warning")
 
 def prediction_cells(
     productid: str,
     imageid: str,
     p: Prediction,
-    error: str = "", # why the picture was quarantined; shown if there is no answer
+    left_out: str = "", # why the picture or the text was not used: the error of a missing answer, else the warning
+    remark: str = "", # about a picture that was used
 ) -> dict[str, str]: # column → cell
     "One line of predictions.csv."
     ids = {"productid": productid, "imageid": imageid}
     if p.prdtypecode is None:
-        return dict.fromkeys(COLUMNS, "") | ids | {"needs_review": "true", "error": error or p.error}
+        return dict.fromkeys(COLUMNS, "") | ids | {"needs_review": "true", "error": left_out or p.error}
     top5 = " ".join(f"{code}:{proba:.6f}" for code, proba in p.top5)
     shares = " ".join(f"{e}:{share:.3f}" for e, share in p.experts.items())
     cells = {"prdtypecode": str(p.prdtypecode), "name": p.name, "confidence": f"{p.confidence:.6f}"}
-    return ids | cells | {"needs_review": str(p.needs_review).lower(), "top5": top5, "experts": shares, "error": ""}
+    cells |= {"needs_review": str(p.needs_review).lower(), "top5": top5, "experts": shares}
+    return ids | cells | {"error": "", "warning": left_out or remark}
+
+# %% ../../nbs/models/80_bundle.ipynb #fb42c898
+def picture_remarks(
+    products: Products, # whose pictures can be decoded
+) -> dict[tuple[str, str], str]: # (productid, imageid) → remark; pictures without fault are absent
+    "The remarks about the pictures of products."
+    def remark(picture: Path | bytes) -> str:
+        try: return picture_remark(picture)
+        except PictureError: return "" # deleted meanwhile
+    rows = [row for row, picture in enumerate(products.picture) if picture is not None]
+    with ThreadPoolExecutor() as pool: remarks = list(pool.map(remark, products.picture[rows]))
+    ids = zip(products.productid[rows], products.imageid[rows], strict=True)
+    return {key: f"picture: {text}" for key, text in zip(ids, remarks, strict=True) if text}
 
 # %% ../../nbs/models/80_bundle.ipynb #29d95b7b
 def write_predictions(
     path: Path, # predictions.csv
     products: Products,
     predictions: Predictions, # of the same products
-    quarantine: list[Quarantined] | None = None, # of the catalogue; a bad picture becomes the error of its product
+    quarantine: list[Quarantined] | None = None, # of the catalogue; a bad picture is an error or a warning
+    remarks: Mapping[tuple[str, str], str] | None = None, # of `picture_remarks`
 ) -> None:
     "Write predictions.csv, completely or not at all."
     reasons = {(q.productid, q.imageid): q.reason for q in quarantine or [] if q.reason.startswith("picture")}
+    remarks = remarks or {}
     with atomic_file(path) as part, part.open("w", encoding="utf-8", newline="") as f:
         w = csv.DictWriter(f, COLUMNS, lineterminator="\n")
         w.writeheader()
         for pid, iid, p in zip(products.productid, products.imageid, predictions, strict=True):
-            cells = prediction_cells(pid, iid, p, reasons.get((pid, iid), ""))
+            cells = prediction_cells(pid, iid, p, reasons.get((pid, iid), ""), remarks.get((pid, iid), ""))
             w.writerow({k: safe_cell(v) for k, v in cells.items()})
     counts = {"without_answer": int((~predictions.seen).sum()), "to_review": int(predictions.needs_review.sum())}
     get_logger("test_model_logger").info("predicted", extra={"file": path.name, "rows": len(products), **counts})

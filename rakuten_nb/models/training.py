@@ -6,12 +6,13 @@
 __all__ = ['PIPELINE_SECTIONS', 'CURVE', 'MEASURED_ON', 'SplitParams', 'FuseParams', 'ExpertsParams', 'TrainParams',
            'make_expert', 'check_expert', 'read_params', 'curve_frame', 'ExpertRun', 'Trainer', 'has_two_classes',
            'out_of_fold_proba', 'run_expert', 'run_experts', 'runs_frame', 'OutOfFold', 'fuse_runs',
-           'scores_with_interval', 'held_out_metrics', 'metrics_frame', 'check_enough', 'data_counts', 'assemble',
-           'train']
+           'scores_with_interval', 'held_out_metrics', 'metrics_frame', 'baseline_f1', 'label_warning', 'check_enough',
+           'data_counts', 'assemble', 'train']
 
 # %% ../../nbs/models/85_training.ipynb #2783bc49
 import inspect
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -358,6 +359,32 @@ def metrics_frame(
         lines.append({"expert": e, **{k: m[k] for k in shown}, "95 % interval": interval, "pool, same rows": same_rows})
     return pd.DataFrame(lines)
 
+# %% ../../nbs/models/85_training.ipynb #245d416b
+def baseline_f1(
+    y: np.ndarray, # (n,) class indices
+    p: np.ndarray, # (n, 27) probabilities
+) -> float:
+    "Weighted F1 of the most frequent class, or of these predictions beside shuffled labels if that is larger."
+    truth, predicted = np.bincount(y, minlength=len(CODES)), np.bincount(p.argmax(1), minlength=len(CODES))
+    hits, share = truth * predicted / len(y), truth.max() / len(y)
+    shuffled = truth / len(y) * 2 * hits / np.maximum(truth + predicted, 1)
+    return float(max(shuffled.sum(), 2 * share**2 / (1 + share)))
+
+# %% ../../nbs/models/85_training.ipynb #8db6db3c
+def label_warning(
+    held_out: OutOfFold,
+    least: int = 20, # rows; fewer show nothing
+) -> str: # "" where the predictions agree with the labels
+    "A warning if out-of-fold predictions contradict the labels wholesale."
+    rows = held_out.rows("out_of_fold")
+    if rows.sum() < least: return ""
+    y, p = held_out.y[rows], held_out.fused[rows]
+    score, baseline = weighted_f1(y, p), baseline_f1(y, p)
+    if score > baseline + max(.05, 2 * np.sqrt(baseline * (1 - baseline) / len(y))): return ""
+    return (f"prdtypecode: expected labels that out-of-fold predictions confirm; found a weighted F1 of {score:.3f}, "
+            f"near the majority baseline of {baseline:.3f}; the labels may stand beside the rows of other products: "
+            "compare the order of X_train_update.csv and Y_train_CVw08PX.csv")
+
 # %% ../../nbs/models/85_training.ipynb #458eeb1f
 def check_enough(
     products: Products, # labelled and usable
@@ -392,6 +419,9 @@ def assemble(
 ) -> tuple[Bundle, OutOfFold]:
     "Fuse trained experts, measure them, and pack them into a bundle."
     held_out, fusion, threshold = fuse_runs(runs, products, split, params.fuse)
+    if warning := label_warning(held_out):
+        get_logger("train_model_logger").warning("labels contradicted", extra={"warning": warning})
+        warnings.warn(warning, stacklevel=3)
     trained = split.fold > -2 if keep_gold else np.full(len(products), True)
     about = {
         "params": params.model_dump(mode="json"), "keep_gold": keep_gold, "data": data_counts(products, split, trained),

@@ -4,9 +4,14 @@
 
 # %% auto #0
 __all__ = ['ROUTERS', 'BEARER', 'DATABASE_DETAIL', 'PROBLEMS', 'VALIDATION_SCHEMAS', 'app', 'allowed_methods', 'domain_problem',
-           'http_problem', 'answer_error', 'openapi_document', 'Api', 'create_app']
+           'http_problem', 'answer_error', 'openapi_document', 'HeadAsGet', 'processes_of_port', 'warn_of_processes',
+           'Api', 'create_app']
 
 # %% ../../nbs/serving/80_api.ipynb #abf37588
+import logging
+import multiprocessing
+import os
+import re
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -17,7 +22,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .. import __version__
 from ..config import Settings, read_settings
@@ -57,7 +62,8 @@ def allowed_methods(
     "All methods of an address; the framework would name those of one route."
     routes = [route for router in ROUTERS for route in router.routes if isinstance(route, Route)]
     matching = [route for route in routes if route.matches(request.scope)[0] != Match.NONE]
-    return sorted({method for route in matching for method in route.methods or ()})
+    methods = {method for route in matching for method in route.methods or ()}
+    return sorted(methods | {"HEAD"} if "GET" in methods else methods)
 
 # %% ../../nbs/serving/80_api.ipynb #60eaa25b
 BEARER = {"WWW-Authenticate": "Bearer"} # RFC 6750: how to authenticate
@@ -125,6 +131,38 @@ def openapi_document(
     schemas["ProblemDocument"] = ProblemDocument.model_json_schema()
     return document
 
+# %% ../../nbs/serving/80_api.ipynb #f5a7b31b
+class HeadAsGet:
+    "Answers HEAD as GET without a body."
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD": return await self.app(scope, receive, send)
+        async def send_headers(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+        scope["method"] = "GET"
+        try: await self.app(scope, receive, send_headers)
+        finally: scope["method"] = "HEAD"
+
+# %% ../../nbs/serving/80_api.ipynb #e9e12155
+def processes_of_port() -> int: # 1 if no more can be seen
+    "How many processes uvicorn or gunicorn started for this application."
+    config = getattr(multiprocessing.current_process(), "_kwargs", {}).get("config") # in a process of uvicorn
+    if config is not None: return int(getattr(config, "workers", 1) or 1)
+    if not os.environ.get("SERVER_SOFTWARE", "").startswith("gunicorn"): return 1
+    line = " ".join([os.environ.get("GUNICORN_CMD_ARGS", ""), *sys.argv])
+    given = re.findall(r"(?:^|\s)(?:-w|--workers)[ =]?(\d+)", line) or [os.environ.get("WEB_CONCURRENCY", "1")]
+    return int(given[-1]) if given[-1].isdecimal() else 1
+
+# %% ../../nbs/serving/80_api.ipynb #6567fcc0
+def warn_of_processes() -> None:
+    "Log a warning on the terminal if several processes serve one port."
+    if (number := processes_of_port()) == 1: return
+    logging.getLogger("uvicorn.error").warning(
+        "expected 1 worker process; found %d: /metrics and rate limits count per process; start one process per "
+        "container or port, and set RAKUTEN_REDIS_URL to share the limits", number)
+
 # %% ../../nbs/serving/80_api.ipynb #30cfaf81
 class Api(FastAPI):
     "The application; it reports in one line why it cannot start."
@@ -149,13 +187,15 @@ def create_app(
     telemetry = Telemetry()
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        warn_of_processes()
         service = app.state.service = await start_service(settings or read_settings(), telemetry)
         try: yield
         finally: await stop_service(service)
 
     handlers: dict[int | type[Exception], Any] = dict.fromkeys((Problem, HTTPException, *PROBLEMS), answer_error)
     app = Api(lifespan=lifespan, docs_url=None, redoc_url=None, exception_handlers=handlers)
-    app.add_middleware(RequestLog, telemetry=telemetry)
+    app.add_middleware(HeadAsGet)
+    app.add_middleware(RequestLog, telemetry=telemetry) # around it
     for router in ROUTERS: app.include_router(router)
     return app
 

@@ -6,6 +6,8 @@
 __all__ = ['Candidate', 'candidate', 'likely_types', 'PredictionResponse', 'summary', 'prediction_response']
 
 # %% ../../nbs/serving/40_schemas.ipynb #522dac40
+from typing import Any
+
 from pydantic import BaseModel, Field
 
 from ..evaluation.explain import Explanation
@@ -50,6 +52,8 @@ class PredictionResponse(BaseModel):
                                       examples=[{"text_linear": 0.7, "image": 0.3}])
     model_version: str = Field(examples=["0123456789ab"])
     request_id: str = Field(description="Id of the request, for feedback and for the log")
+    warning: str | None = Field(None, description="Remark about the picture; present only if there is one",
+                                examples=["picture: empty file"])
     explanation: Explanation | None = Field(None, description="Present only if `explain` was requested")
 
 # %% ../../nbs/serving/40_schemas.ipynb #c06ab361
@@ -66,9 +70,11 @@ def prediction_response(
     model_version: str,
     request_id: str,
     explanation: Explanation | None = None,
-) -> PredictionResponse: # `explanation` stays unset if it was not requested
+    warning: str = "", # remark about the picture
+) -> PredictionResponse: # without a value, `explanation` and `warning` stay unset
     "Convert a prediction to its JSON schema."
-    optional = {} if explanation is None else {"explanation": explanation.to_dict()}
+    optional: dict[str, Any] = {} if explanation is None else {"explanation": explanation.to_dict()}
+    if warning: optional["warning"] = warning
     return PredictionResponse(predictions=likely_types(prediction.top5), message=summary(prediction),
                               needs_review=prediction.needs_review, experts=prediction.experts,
                               model_version=model_version, request_id=request_id, **optional)

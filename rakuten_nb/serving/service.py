@@ -23,7 +23,7 @@ import numpy as np
 
 from ..config import Settings
 from ..data.catalog import Product, as_products
-from ..data.picture import PictureError, decode_picture, open_picture
+from ..data.picture import PictureError, decode_picture, open_picture, picture_remark
 from ..errors import InputError, RakutenError
 from ..evaluation.explain import Explanation, explain
 from ..models.bundle import Bundle, Prediction
@@ -39,7 +39,7 @@ from ..store.feedback import count_queued, live_accuracy
 from ..store.jobs import job_counts
 from ..store.prediction_log import PredictionLog, prediction_columns
 from ..store.retention import start_pruning
-from ..store.users import MAX_PASSWORD, ROLES, User, check_password, find_user
+from ..store.users import MAX_PASSWORD, ROLES, User, check_password, find_user, password_forms
 
 # %% ../../nbs/serving/65_service.ipynb #06cd8eca
 USER_CACHE_SECONDS = 10.0
@@ -243,6 +243,7 @@ class Classification:
     prediction: Prediction
     model_version: str
     explanation: Explanation | None = None
+    warning: str = "" # remark about a picture that was used
 
 # %% ../../nbs/serving/65_service.ipynb #d5add71f
 async def classify(
@@ -262,7 +263,8 @@ async def classify(
         raise UnseenProduct(f"this model has no expert for a product with nothing but {part}")
     log_prediction(service, product, prediction, version, user, request_id)
     explanation = await service.explainer.ask(question) if with_explanation else None
-    return Classification(prediction, version, explanation)
+    remark = picture_remark(product.picture) if product.picture else ""
+    return Classification(prediction, version, explanation, remark and f"picture: {remark}")
 
 # %% ../../nbs/serving/65_service.ipynb #fcc8557e
 def check_model(
@@ -385,7 +387,7 @@ async def check_credentials(
         if valid and user is not None and not user.disabled: return user
         service.telemetry.logins.labels("refused").inc()
         await service.login_throttle.record_failure(name, address)
-    too_long = len(password.encode()) > MAX_PASSWORD
+    too_long = len(password_forms(password)[0]) > MAX_PASSWORD
     raise WrongLogin("wrong name or password" + (f"; a password has at most {MAX_PASSWORD} bytes" if too_long else ""))
 
 # %% ../../nbs/serving/65_service.ipynb #ae7a2386

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from python_multipart.multipart import parse_options_header
-from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.formparsers import MultiPartException
 from starlette.requests import Request
 
 from ..config import Settings
 from ..errors import one_line
 from .problems import Problem
-from .product_form import BoundaryWatch, limited_body
+from .product_form import BoundaryWatch, FormParser, limited_body, shown_name
 from ..store.job_files import UPLOAD_SECONDS
 
 # %% ../../nbs/serving/55_upload.ipynb #a05b0a35
@@ -28,8 +28,8 @@ class _WrongPart(MultiPartException):
     "A valid form with another field than the expected file."
 
 # %% ../../nbs/serving/55_upload.ipynb #426a7f50
-class _ToDisk(MultiPartParser):
-    "Starlette's parser; it writes the one expected file to an open file."
+class _ToDisk(FormParser):
+    "A parser that writes the one expected file to an open file."
     def __init__(self, headers: Any, stream: Any, out: BinaryIO):
         super().__init__(headers, stream, max_files=2, max_fields=1)
         self.out = out
@@ -38,7 +38,9 @@ class _ToDisk(MultiPartParser):
         "Check a part when its headers are complete."
         super().on_headers_finished()
         part = self._current_part
-        if part.field_name != FIELD: raise _WrongPart(f"field {part.field_name[:80]!r}: not known; expected {FIELD}")
+        if part.field_name != FIELD:
+            name = shown_name(part.field_name.encode("utf-8", "replace").decode("latin-1"))
+            raise _WrongPart(f"field {name}: not known; expected {FIELD}")
         if part.file is None: raise _WrongPart(f"{FIELD}: expected a file with a name; found plain text")
         if self._current_files > 1: raise _WrongPart(f"{FIELD}: expected once; found it again")
         part.file.file.close()

@@ -22,13 +22,21 @@ from typing import Any
 
 from ..config import Settings, get_logger
 from ..data.catalog import Product, as_products
-from ..data.picture import PictureError, decode_picture
+from ..data.picture import PictureError, decode_picture, picture_remark
 from ..errors import InputError, RakutenError
 from ..models.bundle import COLUMNS, Bundle, Prediction, prediction_cells
 from .model_manager import ModelUnavailable, Served
 from ..store.archives import Archive, open_archive
 from ..store.database import Store, StoreUnavailable, utc_now
-from ..store.job_files import PICTURES, clean_job_files, clean_jobs, job_folder, read_chunk, write_files
+from rakuten_nb.store.job_files import (
+    PICTURES,
+    clean_job_files,
+    clean_jobs,
+    job_folder,
+    read_chunk,
+    read_same_number,
+    write_files,
+)
 from ..store.jobs import MAX_TRIES, Claim, claim_chunk, end_job, finish_chunk, release_claim, renew_claim
 from ..store.prediction_log import insert_predictions, prediction_columns
 from ..store.products import try_retain
@@ -36,22 +44,25 @@ from ..store.products import try_retain
 # %% ../../nbs/serving/60_worker.ipynb #5b4ffee0
 @dataclass(frozen=True)
 class JobRow:
-    "A product of a job with its picture, and the error of an unusable picture or text."
+    "A product of a job with its picture, and what is to be noted about it."
     product: Product
-    error: str = ""
+    error: str = "" # why the picture or the text is left out
+    remark: str = "" # about a picture that is used
 
 # %% ../../nbs/serving/60_worker.ipynb #1d5cf60c
 def archived_picture(
     product: Product,
     archive: Archive | None, # the pictures of the job
     settings: Settings,
-) -> tuple[bytes | None, str]: # the picture, if it is readable; the error, if it is not
+) -> tuple[bytes | None, str]: # the picture and perhaps a remark; None and the error, if it is not readable
     "Read the picture of a product from the archive of its job."
     try:
         max_bytes = int(settings.rakuten_max_upload_mb * 2**20)
         raw = archive.picture(product.imageid, product.productid, max_bytes) if archive else None
-        if raw is not None: decode_picture(raw, min_side=224, max_pixels=settings.rakuten_max_pixels)
-        return raw, ""
+        if raw is None: return None, ""
+        decode_picture(raw, min_side=224, max_pixels=settings.rakuten_max_pixels)
+        remark = picture_remark(raw)
+        return raw, remark and f"picture: {remark}"
     except (InputError, PictureError) as e: return None, f"picture: {e}"
 
 # %% ../../nbs/serving/60_worker.ipynb #bcdd8919
@@ -61,9 +72,10 @@ def read_row(
     settings: Settings,
 ) -> JobRow:
     "The product with its picture; a picture or text that breaks a limit is left out."
-    picture, error = archived_picture(product, archive, settings)
+    picture, note = archived_picture(product, archive, settings)
+    error, remark = (note, "") if picture is None else ("", note)
     limit, size = settings.rakuten_max_text_kb * 1024, len(f"{product.title}{product.description}".encode())
-    if size <= limit: return JobRow(replace(product, picture=picture), error)
+    if size <= limit: return JobRow(replace(product, picture=picture), error, remark)
     error = f"designation and description: expected at most {limit:,} bytes together; found {size:,}"
     return JobRow(replace(product, picture=picture, title="", description=""), error)
 
@@ -114,7 +126,7 @@ def answer_rows(
         get_logger("serving_logger").error("a row could not be predicted", extra={"error": type(e).__name__})
         results = [Prediction(None, "", "", 0.0, True, [], {}, "")]
         rows = [replace(rows[0], error="internal error; the service's log has it")]
-    cells = [prediction_cells(row.product.productid, row.product.imageid, prediction, row.error)
+    cells = [prediction_cells(row.product.productid, row.product.imageid, prediction, row.error, row.remark)
              for row, prediction in zip(rows, results, strict=True)]
     return [(prediction, [c[name] for name in COLUMNS]) for prediction, c in zip(results, cells, strict=True)]
 
@@ -181,8 +193,10 @@ class Worker:
         if self.archive and self.archive[0] == job: return self.archive[1]
         self.close()
         if not (path := job_folder(self.settings, job) / PICTURES).exists(): return None
-        self.archive = job, open_archive(path, int(self.settings.rakuten_max_job_mb * 2**20))
-        return self.archive[1]
+        archive = open_archive(path, int(self.settings.rakuten_max_job_mb * 2**20))
+        archive.same_number = read_same_number(path.parent)
+        self.archive = job, archive
+        return archive
 
     def close(self) -> None:
         "Close the archive."

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'tables', 'store_version', 'users', 'predictions', 'model_requests', 'model_reports', 'jobs', 'job_chunks',
            'job_results', 'job_totals', 'retained_products', 'feedback', 'ANSWER_SECONDS', 'PRAGMAS', 'EXPECTED_URL',
-           'OTHER_DATABASE', 'LOCK_KEY', 'UtcDateTime', 'utc_now', 'refers_to', 'make_engine', 'StoreUnavailable',
-           'Store', 'shared_now', 'create_tables', 'read_version', 'check_complete', 'migrate_tables', 'prepare_tables',
-           'open_store']
+           'ENCODE', 'OTHER_DATABASE', 'LOCK_KEY', 'UtcDateTime', 'utc_now', 'refers_to', 'make_engine',
+           'StoreUnavailable', 'driver_message', 'Store', 'shared_now', 'create_tables', 'read_version',
+           'check_complete', 'migrate_tables', 'prepare_tables', 'open_store']
 
 # %% ../../nbs/store/10_database.ipynb #e41a3125
 import fcntl
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.types import TypeDecorator
 
-from ..addresses import redact_url
+from ..addresses import read_twofold, redact_database_url
 from ..errors import InputError, RakutenError, one_line
 
 # %% ../../nbs/store/10_database.ipynb #97d0efb7
@@ -190,15 +191,19 @@ def _prepare_sqlite(engine: sa.Engine) -> None:
 # %% ../../nbs/store/10_database.ipynb #94387ddb
 EXPECTED_URL = ("RAKUTEN_DATABASE_URL: expected sqlite:///FILE or "
                 "postgresql+psycopg://USER:PASSWORD@HOST/NAME")
+ENCODE = "percent-encode these signs in user and password: @ is %40, / is %2F, # is %23, ? is %3F, : is %3A"
 
 def _parse_url(url: str) -> sa.URL:
     "Parse the URL of a database; raises `InputError`, without the password, for any other database."
+    if not url.startswith("sqlite") and read_twofold(url):
+        raise InputError(f"{EXPECTED_URL}; found an @ or a / that can be read in two ways; {ENCODE}")
     try: parsed = sa.make_url(url)
     except ArgumentError: raise InputError(f"{EXPECTED_URL}; found something that is no URL") from None
+    except ValueError: raise InputError(f"{EXPECTED_URL}; found a port that is no number; {ENCODE}") from None
     if parsed.drivername in ("postgresql", "postgres"): parsed = parsed.set(drivername="postgresql+psycopg")
     kind = parsed.get_backend_name()
     if kind == "postgresql" or (kind == "sqlite" and parsed.database not in (None, "", ":memory:")): return parsed
-    raise InputError(f"{EXPECTED_URL}; found {redact_url(str(parsed))!r}")
+    raise InputError(f"{EXPECTED_URL}; found {redact_database_url(url)!r}")
 
 # %% ../../nbs/store/10_database.ipynb #1635112b
 def make_engine(
@@ -218,16 +223,26 @@ def make_engine(
 class StoreUnavailable(RakutenError):
     "The database does not respond; the request may succeed later."
 
+# %% ../../nbs/store/10_database.ipynb #ae7ae7e0
+def driver_message(
+    url: sa.URL,
+    error: object, # exception of the driver
+) -> str: # one line
+    "What a driver reports, without user and password; with advice if a sign in them has a meaning in a URL."
+    message, secrets = one_line(error, 300), [part for part in (url.username, url.password) if part]
+    for part in secrets: message = re.sub(rf"(?<!\w){re.escape(part)}(?!\w)", "…", message)
+    special = any(sign in part for part in secrets for sign in "@/#?:")
+    return f"database {redact_database_url(url.render_as_string())}: {message}" + (f"; {ENCODE}" if special else "")
+
 # %% ../../nbs/store/10_database.ipynb #caf4f420
 @contextmanager
 def _one_line_errors(engine: sa.Engine) -> Iterator[None]:
     "Raise `StoreUnavailable`, without statement and password, for what the driver raises."
     try: yield
     except (IntegrityError, DataError): raise # caused by the row, not by the database
-    except DBAPIError as e:
-        raise StoreUnavailable(f"database {redact_url(str(engine.url))}: {one_line(e.orig, 300)}") from e
+    except DBAPIError as e: raise StoreUnavailable(driver_message(engine.url, e.orig)) from e
     except sa.exc.TimeoutError:
-        raise StoreUnavailable(f"database {redact_url(str(engine.url))}: all connections are busy") from None
+        raise StoreUnavailable(driver_message(engine.url, "all connections are busy")) from None
 
 # %% ../../nbs/store/10_database.ipynb #27aa860f
 @dataclass

@@ -20,7 +20,7 @@ import pandas as pd
 import sqlalchemy as sa
 
 from ..config import Settings, get_logger
-from ..data.catalog import csv_rows
+from ..data.tables import csv_rows
 from ..errors import InputError, RakutenError
 from rakuten_nb.store.database import (
     Store,

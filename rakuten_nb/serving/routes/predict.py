@@ -52,7 +52,8 @@ async def predict(request: Request, service: RunningService, user: PredictUser) 
     request_id: str = request.state.request_id
     result = await classify(service, form.product, user.name, request_id, form.explain)
     request.state.model_version = result.model_version
-    return prediction_response(result.prediction, result.model_version, request_id, result.explanation)
+    warning = form.warning or result.warning
+    return prediction_response(result.prediction, result.model_version, request_id, result.explanation, warning)
 
 # %% ../../../nbs/serving/routes/10_predict.ipynb #b71009db
 PREDICT_STATUSES = (400, *AUTH_STATUSES, 408, 413, 415, 422, 429)
