@@ -6,14 +6,14 @@
 __all__ = ['MODEL_FORMATS', 'PICKLE_STARTS', 'SAVE_AGAIN', 'KERAS2_RNN', 'MODEL_CLASSES', 'LAYER_CLASSES', 'PART_CLASSES',
            'RENAMED_ARGUMENTS', 'NEUTRAL_VALUES', 'IGNORED_ARGUMENTS', 'KERAS_MEMBERS', 'MAX_UNPACKED', 'READERS',
            'TOLERANCE', 'ACTIVATIONS', 'identity', 'NUMPY_LAYERS', 'other_content', 'file_kind', 'error_context',
-           'ModelFile', 'h5_dataset', 'h5_array', 'h5_names', 'h5_config', 'h5_version', 'h5_weights', 'read_h5',
-           'write_h5', 'keras2_layer', 'course_layers', 'course_shapes', 'random_weights', 'course_lstm',
+           'ModelFile', 'h5_dataset', 'h5_array', 'h5_names', 'list_config', 'h5_config', 'h5_version', 'h5_weights',
+           'read_h5', 'write_h5', 'keras2_layer', 'course_layers', 'course_shapes', 'random_weights', 'course_lstm',
            'named_objects', 'is_keras_class', 'check_classes', 'accepted_arguments', 'check_removable',
            'repair_arguments', 'check_activations', 'repair_layer', 'add_input_layer', 'renumber_nodes', 'repair_model',
-           'repair_config', 'model_arrays', 'same_arrays', 'check_loaded_weights', 'read_h5_model', 'check_archive',
-           'check_keras_archive', 'read_keras_model', 'with_keras_suffix', 'read_model', 'file_version',
-           'vocabulary_size', 'seeded_inputs', 'model_outputs', 'largest_difference', 'resave_model', 'dense_layer',
-           'lstm_layer', 'NumpyLayer', 'numpy_layer', 'is_stack', 'numpy_outputs', 'numpy_difference']
+           'add_modules', 'repair_config', 'model_arrays', 'same_arrays', 'check_loaded_weights', 'read_h5_model',
+           'check_archive', 'check_keras_archive', 'read_keras_model', 'with_keras_suffix', 'read_model',
+           'file_version', 'vocabulary_size', 'seeded_inputs', 'model_outputs', 'largest_difference', 'resave_model',
+           'dense_layer', 'lstm_layer', 'NumpyLayer', 'numpy_layer', 'is_stack', 'numpy_outputs', 'numpy_difference']
 
 # %% ../../nbs/tracking/40_keras2.ipynb #3a8bf04c
 import copy
@@ -127,6 +127,15 @@ def h5_names(
     parts = [name] if name in group.attrs else [part for part in numbered if part in group.attrs]
     return [n.decode() if isinstance(n, bytes) else str(n) for part in parts for n in group.attrs[part]]
 
+# %% ../../nbs/tracking/40_keras2.ipynb #5c9f76ef
+def list_config(
+    model: dict[str, Any], # class_name and config of a model, modified in place
+) -> bool: # whether it was a list
+    "Give a `Sequential` model that is a list of layers a configuration."
+    if model.get("class_name") != "Sequential" or not isinstance(model.get("config"), list): return False
+    model["config"] = {"name": "sequential", "layers": model["config"]}
+    return True
+
 # %% ../../nbs/tracking/40_keras2.ipynb #c8257311
 def h5_config(
     file: Any, # h5py.File
@@ -137,6 +146,7 @@ def h5_config(
         raise InputError("expected a whole model, network and weights; found only a part of it (no model_config or no "
                          "model_weights); save the model with model.save, not with model.save_weights")
     config = json.loads(file.attrs["model_config"])
+    if isinstance(config, dict): list_config(config)
     if not isinstance(config, dict) or not isinstance(config.get("config"), dict):
         raise InputError(f"expected the configuration of a model in model_config; found other JSON; {SAVE_AGAIN}")
     return config
@@ -390,7 +400,8 @@ def repair_layer(
     if keras2 and kind == "GRU" and "reset_after" not in config:
         config["reset_after"] = False
         changes.append("reset_after=False added, the default of that version")
-    return changes + repair_arguments(kind, config, accepted_arguments(getattr(keras.layers, kind)))
+    accepted = accepted_arguments(getattr(keras.layers, kind))
+    return changes + repair_arguments(kind, config, accepted)
 
 # %% ../../nbs/tracking/40_keras2.ipynb #5f1af12f
 def add_input_layer(
@@ -423,12 +434,23 @@ def repair_model(
     model: dict[str, Any], # class_name and config of a model or nested model, modified in place
 ) -> list[str]: # one line for each change
     "Convert the structure of a Keras 2 model to Keras 3."
+    changes = ["list of layers replaced by a configuration"] if list_config(model) else []
     config = model["config"]
     if model["class_name"] == "Model": model["class_name"] = "Functional"
-    changes = add_input_layer(model) + renumber_nodes(config)
+    changes += add_input_layer(model) + renumber_nodes(config)
     for ends in ("input_layers", "output_layers"):
         if isinstance(config.get(ends), list) and len(config[ends]) == 1: config[ends] = config[ends][0]
     return changes
+
+# %% ../../nbs/tracking/40_keras2.ipynb #89b13c96
+def add_modules(
+    config: dict[str, Any], # arguments of a layer, modified in place
+) -> list[str]: # one line for each change
+    "Add the module to the layers that a wrapper contains."
+    wrapped = [(name, o) for name, o in config.items() if isinstance(o, dict) and o.get("class_name") in LAYER_CLASSES]
+    missing = [(name, o) for name, o in wrapped if "module" not in o]
+    for _, o in missing: o |= {"module": "keras.layers", "registered_name": None}
+    return [f"module of {name} added" for name, _ in missing]
 
 # %% ../../nbs/tracking/40_keras2.ipynb #af5f3a1c
 def repair_config(
@@ -443,7 +465,7 @@ def repair_config(
     for o in named_objects(config):
         if o["class_name"] not in LAYER_CLASSES or "keras.src.ops" in str(o.get("module")): continue
         layer = f"layer {o['config'].get('name', '')!r} ({o['class_name']})"
-        try: changes += [f"{layer}: {change}" for change in repair_layer(o, saved.is_keras2)]
+        try: changes += [f"{layer}: {change}" for change in add_modules(o["config"]) + repair_layer(o, saved.is_keras2)]
         except InputError as e: raise InputError(f"{layer}: {e}") from None
     return config, changes
 
@@ -582,13 +604,13 @@ def vocabulary_size(
 # %% ../../nbs/tracking/40_keras2.ipynb #8d905d78
 def seeded_inputs(
     model: Any, # keras.Model
-    n: int = 16, # rows
+    n: int = 16, # rows, unless the model fixes them
     seed: int = 0,
 ) -> list[np.ndarray]: # one array (n, …) for each input, of the input's data type
     "Random inputs of a model; the same for the same model and seed."
     words, rng, inputs = vocabulary_size(model), np.random.default_rng(seed), []
     for tensor in model.inputs:
-        shape = (n, *(size or 10 for size in tensor.shape[1:]))
+        shape = (tensor.shape[0] or n, *(size or 10 for size in tensor.shape[1:]))
         values = rng.integers(0, words, shape) if words and len(shape) == 2 else rng.normal(0, 1, shape)
         inputs.append(values.astype(tensor.dtype))
     return inputs
@@ -599,6 +621,8 @@ def model_outputs(
     inputs: list[np.ndarray], # one array for each input
 ) -> list[np.ndarray]: # one array for each output
     "The predictions of a model."
+    for layer in model._flatten_layers(include_self=False):
+        if getattr(layer, "stateful", False): layer.reset_state()
     outputs = model(inputs if len(inputs) > 1 else inputs[0], training=False)
     return [np.asarray(a) for a in (outputs if isinstance(outputs, list | tuple) else [outputs])]
 

@@ -30,6 +30,7 @@ from ..files import file_hash
 from ..taxonomy import CODES
 from rakuten_nb.tracking.keras2 import (
     PICKLE_STARTS,
+    error_context,
     file_kind,
     file_version,
     model_outputs,
@@ -81,7 +82,7 @@ def read_json_object(
 ) -> dict[str, Any]:
     "The object in a JSON file; raises `InputError`."
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
         if isinstance(value, str): value = json.loads(value)
     except OSError as e:
         raise InputError(f"{path}: expected a file that can be read; found an error ({e.strerror}); "
@@ -260,8 +261,9 @@ def check_files(
     path, others = split_files(files)
     companions = [read_companion(f) for f in others]
     model, changes = read_model(path)
-    with tempfile.TemporaryDirectory() as scratch: difference = resave_model(model, Path(scratch) / "model.keras")
-    from_numpy = numpy_difference(path, model)
+    with tempfile.TemporaryDirectory() as scratch, error_context(path):
+        difference = resave_model(model, Path(scratch) / "model.keras")
+        from_numpy = numpy_difference(path, model)
     legacy = LegacyModel(path, model, file_version(path), changes, difference, from_numpy, companions)
     check_companions(legacy)
     return legacy
