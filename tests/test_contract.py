@@ -15,7 +15,7 @@ import httpx
 import numpy as np
 import pytest
 from api_process import USERS, ApiProcess, memory_mb
-from contract_hooks import KNOWN
+from contract_hooks import EXAMPLE_JOB, KNOWN
 from hard_products import encoded, sixteen_bit, turned
 from PIL import Image
 
@@ -64,7 +64,7 @@ def check_health(api: ApiProcess, admin: dict[str, str]) -> None:
 
 # --- requests generated from the OpenAPI document
 
-EXAMPLE_JOB, EXAMPLE_ITEM = "0123456789abcdef0123456789abcdef", 812 # the ids in the document
+EXAMPLE_ITEM = 812 # the id in the document
 
 def add_examples(store: Store, data_dir: Path) -> None:
     "Add a product that needs review, and one for feedback."

@@ -41,12 +41,12 @@ SIGNATURES = {
 }
 
 def check_signature(
-    start: bytes, # of the file, 1 KiB
+    start: bytes, # of the file, 1 KiB; a single zero byte may be part of a text
     name: str, # for the error
 ) -> None:
     "Raise `InputError` if a file is no text in UTF-8."
     kind = next((kind for signature, kind in SIGNATURES.items() if start.startswith(signature)), "")
-    if not kind and b"\0" in start: kind = "zero bytes, as in UTF-16"
+    if not kind and 4 * start.count(0) > len(start): kind = "zero bytes, as in UTF-16"
     if kind: raise InputError(f"{name}: expected a CSV file in UTF-8; found {kind}; save the table as CSV in UTF-8")
 
 # %% ../../nbs/data/12_tables.ipynb #8d9e60ed
