@@ -121,6 +121,8 @@ class ReviewSettings(JobSettings):
     "Minutes to retain text and picture of any other product, so that feedback can refer to it; 0 retains none."
     rakuten_prediction_retention_days: float = Field(365, gt=0, le=36_500)
     "Days to retain logged predictions and the feedback on them."
+    rakuten_audit_share: float = Field(0.01, ge=0, le=1)
+    "Share of all predictions, drawn at random, that enter review whatever their confidence; 0 draws none."
 
 # %% ../nbs/03_config.ipynb #0caa7e2a
 class ApiSettings(ReviewSettings):

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['STEP', 'confusion_matrix', 'class_scores', 'weighted_f1', 'macro_f1', 'top_k_accuracy', 'log_loss', 'reliability',
-           'ece', 'coverage_curve', 'wilson_bound', 'wilson_interval', 'wilson_lower', 'binomial_tail', 'least_rows',
+           'ece', 'confidence_bins', 'calibrated_confidence', 'type_reference', 'calibration_reference',
+           'coverage_curve', 'wilson_bound', 'wilson_interval', 'wilson_lower', 'binomial_tail', 'least_rows',
            'test_sequences', 'decision_steps', 'review_threshold', 'bootstrap_interval', 'paired_difference', 'summary']
 
 # %% ../nbs/05_metrics.ipynb #974beb58
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -92,6 +94,63 @@ def ece(
     "Expected calibration error: mean gap between confidence and accuracy, weighted by bin size."
     r = reliability(y, p, bins)
     return float(np.nansum(np.abs(r["confidence"] - r["accuracy"]) * r["count"]) / max(len(y), 1))
+
+# %% ../nbs/05_metrics.ipynb #e4a0cd67
+def confidence_bins(
+    confidence: np.ndarray, # (n,) of held-out rows
+    right: np.ndarray, # (n,) bool
+    least: int = 50, # rows in a bin
+    most: int = 20, # bins
+) -> list[dict[str, float]]: # above (lower edge), rows, confidence and accuracy (means); rising
+    "Mean confidence and accuracy in bins of equal size."
+    if not len(confidence): return []
+    parts = min(max(len(confidence) // least, 1), most)
+    edges = np.unique(np.quantile(confidence, np.arange(1, parts) / parts, method="lower"))
+    edges = np.floor(edges[edges > confidence.min()] * 1e6) / 1e6 # rounded down, so that no row changes its bin
+    b = np.searchsorted(edges, confidence, side="right")
+    n = np.bincount(b)
+    columns = [0.0, *edges.tolist()], n.tolist(), np.bincount(b, confidence) / n, np.bincount(b, right) / n
+    return [{"above": low, "rows": rows, "confidence": round(float(conf), 6), "accuracy": round(float(acc), 6)}
+            for low, rows, conf, acc in zip(*columns, strict=True)]
+
+# %% ../nbs/05_metrics.ipynb #6a7b90a1
+def calibrated_confidence(
+    confidence: np.ndarray, # (n,)
+    bins: Sequence[Mapping[str, float]], # of `confidence_bins`, at least one
+) -> np.ndarray: # (n,) in [0, 1]
+    "Confidence plus the gap between accuracy and confidence in its bin."
+    gaps = np.array([b["accuracy"] - b["confidence"] for b in bins])
+    return np.clip(confidence + gaps[np.searchsorted([b["above"] for b in bins[1:]], confidence, side="right")], 0, 1)
+
+# %% ../nbs/05_metrics.ipynb #d5df9fb4
+def type_reference(
+    pred: np.ndarray, # (n,) predicted class indices of held-out rows
+    right: np.ndarray, # (n,) bool
+    calibrated: np.ndarray, # (n,) of `calibrated_confidence`
+    codes: Sequence[int], # names of the classes
+) -> dict[str, dict[str, float]]: # name → rows, calibrated and accuracy (means)
+    "Mean calibrated confidence and accuracy of each predicted class."
+    means = lambda rows: {"rows": int(rows.sum()), "calibrated": round(float(calibrated[rows].mean()), 6),
+                          "accuracy": round(float(right[rows].mean()), 6)}
+    return {str(codes[c]): means(pred == c) for c in np.unique(pred).tolist()}
+
+# %% ../nbs/05_metrics.ipynb #56227cdc
+def calibration_reference(
+    y: np.ndarray, # (n,) true class indices of held-out rows
+    p: np.ndarray, # (n, k) probabilities
+    codes: Sequence[int], # names of the k classes
+    holdout: np.ndarray | None = None, # (n,) bool: rows predicted by models that were trained on all other rows
+) -> dict[str, Any]: # JSON: rows, confidence, accuracy (absent without rows), bins, types, holdout
+    "How often answers of each confidence and of each predicted type are right."
+    if not len(y): return {"rows": 0, "bins": [], "types": {}, "holdout": {"rows": 0}}
+    pred, confidence, last = p.argmax(1), p.max(1), np.zeros(len(y), bool) if holdout is None else holdout
+    right, rows = pred == y, ~last if (~last).any() else np.full(len(y), True)
+    bins, mean = confidence_bins(confidence[rows], right[rows]), lambda values: round(float(values.mean()), 6)
+    calibrated = calibrated_confidence(confidence, bins)
+    types = type_reference(pred[rows], right[rows], calibrated[rows], codes)
+    apart = {"calibrated": mean(calibrated[last]), "accuracy": mean(right[last])} if last.any() else {}
+    return {"rows": int(rows.sum()), "confidence": mean(confidence[rows]), "accuracy": mean(right[rows]), "bins": bins,
+            "types": types, "holdout": {"rows": int(last.sum()), **apart}}
 
 # %% ../nbs/05_metrics.ipynb #4b5f4372
 def coverage_curve(

@@ -1,6 +1,7 @@
 """Write a store as an earlier release wrote it, in raw SQL: `python tests/old_store.py URL DATA_DIR [VERSION]`.
 
-The statements are those that commit f55966b emitted (version 3); versions 1 and 2 lack its later tables.
+The statements are those that commit f55966b emitted (version 3) and commit 34feb97 (version 4, where `kept` has
+another name); versions 1 and 2 lack the later tables of version 3.
 """
 import hashlib
 import json
@@ -56,7 +57,10 @@ STATEMENTS: dict[int, list[str]] = { # version → what it added
         "CREATE TABLE job_totals (state VARCHAR(16) NOT NULL, rows BIGINT NOT NULL, PRIMARY KEY (state))"],
     3: [KEPT, FEEDBACK, "CREATE INDEX ix_predictions_product_id ON predictions (product_id)",
         *(f"CREATE INDEX ix_kept_{column} ON kept ({column})" for column in ("at", "content", "picture")),
-        *(f"CREATE INDEX ix_feedback_{column} ON feedback ({column})" for column in ("content", "prediction"))]}
+        *(f"CREATE INDEX ix_feedback_{column} ON feedback ({column})" for column in ("content", "prediction"))],
+    4: ["DROP TABLE kept", KEPT.replace("TABLE kept", "TABLE retained_products").replace("wanted", "for_review"),
+        *(f"CREATE INDEX ix_retained_products_{column} ON retained_products ({column})"
+          for column in ("at", "content", "picture"))]}
 
 def content(title: str, picture: str = "") -> str:
     "The hash of a product's content."
@@ -74,6 +78,10 @@ def kept(number: int, wanted: bool, title: str, picture: str = "") -> dict[str, 
     "A row of `kept`."
     return {"prediction": number, "at": at(10, number), "wanted": wanted, "content": content(title, picture),
             "imageid": "", "title": title, "description": "", "picture": picture}
+
+def renamed(row: dict[str, Any]) -> dict[str, Any]:
+    "A row of `kept` as version 4 has it in `retained_products`."
+    return {"for_review" if name == "wanted" else name: value for name, value in row.items()}
 
 def user(name: str, role: str) -> dict[str, Any]:
     "A row of `users`."
@@ -139,7 +147,8 @@ def write_old_store(url: str, data_dir: Path, version: int = 3) -> dict[str, lis
     with engine.begin() as c:
         for step in range(1, version + 1):
             for statement in STATEMENTS[step]: c.execute(sa.text(statement.format(**TYPES[engine.dialect.name])))
-            rows |= ROWS[step]
+            rows |= ROWS.get(step, {})
+        if version >= 4: rows["retained_products"] = [renamed(row) for row in rows.pop("kept")]
         for table, some in rows.items():
             for row in some: insert(c, table, row)
         insert(c, "store_version", {"version": version})

@@ -84,7 +84,8 @@ def row(number: int = 0, **changes: Any) -> dict[str, Any]:
     return {"request_id": f"r{number}", "at": at, "user": "marie", "product_id": "4711", "prdtypecode": 2583,
             "confidence": 0.1 + 0.2, "needs_review": False, "top5": [[2583, 0.75], [10, 0.25]],
             "experts": {"text_linear": 1.0}, "model_version": "0123456789ab", "variant": "champion",
-            "profile": [1.0, 2.5, 0.0, 1e-300, 12345678.9, 0.0, 1.0, 3.0]} | changes
+            "profile": [1.0, 2.5, 0.0, 1e-300, 12345678.9, 0.0, 1.0, 3.0], "experiment": "", "audit": False,
+            "review_order": 0.1 + 0.2, "seconds": None} | changes
 
 def rows_of(store: Store, table: sa.Table) -> list[dict[str, Any]]:
     "All rows of a table, ordered by primary key."
@@ -262,7 +263,7 @@ def test_the_review_queue_of_an_earlier_release_goes_on(carried: Store, tmp_path
 def test_feedback_of_an_earlier_release_counts(carried: Store) -> None:
     label = find_feedback(carried, 3, "marie")
     assert label and (label.prdtypecode, label.reviewer, label.at) == (1302, True, old_store.at(12, 3))
-    assert [(a.answers, a.n, a.right) for a in live_accuracy(carried)] == [("all", 2, 1), ("doubtful", 2, 1)]
+    assert [(a.answers, a.n, a.right) for a in live_accuracy(carried)] == [("reviewed", 2, 1), ("doubtful", 2, 1)]
 
 def test_reviewed_products_of_an_earlier_release_are_exported(carried: Store, tmp_path: Path) -> None:
     done = export_reviewed(carried, tmp_path / "data", tmp_path / "out", any_user=True)

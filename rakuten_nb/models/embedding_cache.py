@@ -24,7 +24,13 @@ import numpy as np
 from ..config import read_settings
 from ..console import progress
 from ..data.picture import PictureError, Source, picture_bytes, picture_hash
-from .image_views import LAYOUT_WIDTH, PREPROCESSING_VERSION, Preprocessing, Preprocessor
+from rakuten_nb.models.image_views import (
+    LAYOUT_WIDTH,
+    PREPROCESSING_VERSION,
+    PreparedPicture,
+    Preprocessing,
+    Preprocessor,
+)
 from .onnx_runtime import onnx_session, processors
 
 # %% ../../nbs/models/60_embedding_cache.ipynb #9763f6b5
@@ -83,11 +89,18 @@ class Embedder(PictureGraph):
         "The output of the graph for each network input."
         return [self.run(one, output) for one in self.preprocessing.inputs(pixels)]
 
-    def vector(self, raw: bytes) -> np.ndarray: # (width,) float32
-        "The embedding of one picture file; raises `PictureError`."
+    def compute_vector(self, raw: bytes) -> np.ndarray: # (width,) float32
+        "Compute the embedding of one picture file; raises `PictureError`."
         arrays, name = self.preprocessor.prepared(raw), self.preprocessor.name
         features = np.mean(self.outputs(arrays[name]), axis=0)
         return np.concatenate([features, *arrays[f"layout {name}"]]) if self.preprocessing.layout else features
+
+    def vector(self, raw: bytes) -> np.ndarray: # (width,) float32
+        "The embedding of one picture file; of a prepared picture it is computed once. Raises `PictureError`."
+        if not isinstance(raw, PreparedPicture): return self.compute_vector(raw)
+        ready, name = raw.inputs.result(), f"embedding {self.key}"
+        if name not in ready: ready[name] = self.compute_vector(raw)
+        return ready[name]
 
 # %% ../../nbs/models/60_embedding_cache.ipynb #839f9761
 def pack_vector(

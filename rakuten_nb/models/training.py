@@ -29,7 +29,7 @@ from ..data.catalog import Catalog, Products, data_hash
 from ..data.profile import profile, reference_profile
 from ..data.split import Split, make_split
 from ..errors import InputError, TooLittleData
-from ..metrics import bootstrap_interval, review_threshold, summary, weighted_f1
+from ..metrics import bootstrap_interval, calibration_reference, review_threshold, summary, weighted_f1
 from .bundle import Bundle, fingerprints
 from .experts import EXPERTS, GROUPS, Expert, expert_class, expert_names
 from .fusion import Fusion, cross_fitted, fit_fusion, fit_inverse_temperature, temperature_scale
@@ -45,6 +45,8 @@ class SplitParams(Section):
     "Share of the products that are evaluated once, at the end."
     score_where: str = ""
     "Rows whose labels are evaluated, such as `productid < 9000000000`; empty for all."
+    keep_gold: bool = Field(False, exclude=True) # a bundle records it beside its parameters
+    "Whether the model is never trained on gold, so that later models can be compared with it there."
 
 # %% ../../nbs/models/85_training.ipynb #5bd1a03b
 class FuseParams(Section):
@@ -118,7 +120,8 @@ def check_expert(
     raise InputError(f"{place}: {wanted}; found {name}, which belongs under {modality}.experts")
 
 # %% ../../nbs/models/85_training.ipynb #4b71292b
-PIPELINE_SECTIONS = ("import", "evaluate", "audit", "gate", "register", "predict") # not read by training
+PIPELINE_SECTIONS = ("import", "evaluate", "audit", "gate", "abtest", "monitor", "register", "predict",
+                     "retrain") # not read by training
 
 def read_params(
     path: Path | None = None, # a params.yaml; None for the defaults
@@ -423,9 +426,11 @@ def assemble(
         get_logger("train_model_logger").warning("labels contradicted", extra={"warning": warning})
         warnings.warn(warning, stacklevel=3)
     trained = split.fold > -2 if keep_gold else np.full(len(products), True)
+    rows = held_out.rows("gold") | held_out.rows("out_of_fold")
     about = {
         "params": params.model_dump(mode="json"), "keep_gold": keep_gold, "data": data_counts(products, split, trained),
         "metrics": held_out_metrics(held_out), "profile": reference_profile(profile(products)),
+        "calibration": calibration_reference(held_out.y[rows], held_out.fused[rows], CODES, held_out.is_gold[rows]),
     }
     experts, powers = {e: r.expert for e, r in runs.items()}, {e: r.inverse_temperature for e, r in runs.items()}
     return Bundle(experts, fusion, threshold, about, np.unique(fingerprints(products[trained])), powers), held_out
@@ -440,6 +445,7 @@ def train(
     "Train a bundle on a catalogue; raises `TooLittleData` below 50 labelled products or two classes."
     params, log = params or TrainParams(), get_logger("train_model_logger")
     names, products, wanted = params.chosen(experts), catalog.labelled, params.split
+    keep_gold |= wanted.keep_gold
     check_enough(products)
     split = make_split(products, wanted.folds, params.seed, wanted.score_where, wanted.gold_share)
     counts = {"gold": int(split.gold.sum()), "dropped": int(split.dropped.sum()), "folds": len(split.folds)}

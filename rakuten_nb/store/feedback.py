@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ORDERS', 'PredictionRef', 'AmbiguousRequest', 'find_prediction', 'Feedback', 'find_feedback', 'add_feedback',
-           'review_unneeded', 'delete_feedback', 'last_labelled_prediction', 'QueuedReview', 'count_queued',
-           'find_queued', 'LiveAccuracy', 'live_accuracy']
+           'drawn_for_review', 'review_unneeded', 'delete_feedback', 'last_labelled_prediction', 'QueuedReview',
+           'count_queued', 'find_queued', 'LiveAccuracy', 'live_accuracy']
 
 # %% ../../nbs/store/35_feedback.ipynb #2a44fc80
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
 from ..metrics import wilson_interval
-from .database import Store, feedback, predictions, retained_products, utc_now
+from .database import Store, feedback, predictions, retained_products, shadow_predictions, utc_now
 
 # %% ../../nbs/store/35_feedback.ipynb #96c30949
 @dataclass(frozen=True)
@@ -104,11 +104,18 @@ def add_feedback(
         return before, False
     return label, True
 
+# %% ../../nbs/store/35_feedback.ipynb #0d1e9cf6
+def drawn_for_review() -> sa.ColumnElement[bool]:
+    "SQL condition for predictions that were drawn at random."
+    shadow = shadow_predictions.c
+    return predictions.c.audit | sa.exists().where(shadow.prediction == predictions.c.id, shadow.sampled)
+
 # %% ../../nbs/store/35_feedback.ipynb #d991679b
 def review_unneeded() -> tuple[sa.ColumnElement[bool], ...]:
-    "SQL conditions for retained products without feedback whose prediction needed no review."
+    "SQL conditions for retained products without feedback whose prediction needed no review and was not drawn."
     same = feedback.c.prediction == retained_products.c.prediction
-    needed = sa.exists().where(predictions.c.id == retained_products.c.prediction, predictions.c.needs_review)
+    wanted = predictions.c.needs_review | drawn_for_review()
+    needed = sa.exists().where(predictions.c.id == retained_products.c.prediction, wanted)
     return ~sa.exists().where(same), ~needed
 
 # %% ../../nbs/store/35_feedback.ipynb #56174b9e
@@ -165,7 +172,7 @@ def _queue_conditions() -> list[sa.ColumnElement[bool]]:
     newer = sa.exists().where(other.content == r.content, other.for_review, other.prediction > r.prediction)
     reviewed = sa.exists().where(review.content == r.content, review.reviewer)
     disputed = sa.exists().where(label.content == r.content, label.prdtypecode != p.prdtypecode)
-    return [r.for_review, ~newer, ~reviewed, p.needs_review | disputed]
+    return [r.for_review, ~newer, ~reviewed, p.needs_review | drawn_for_review() | disputed]
 
 _queue = retained_products.join(predictions, predictions.c.id == retained_products.c.prediction)
 
@@ -179,7 +186,7 @@ def count_queued(
 
 # %% ../../nbs/store/35_feedback.ipynb #367b8b28
 ORDERS: dict[str, list[sa.ColumnElement[Any]]] = {
-    "doubt": [predictions.c.confidence, predictions.c.id], # lowest confidence first
+    "doubt": [predictions.c.review_order, predictions.c.id], # lowest confidence first, drawn ones among them
     "latest": [-predictions.c.id],
     "oldest": [predictions.c.id]}
 
@@ -228,7 +235,7 @@ def find_queued(
 class LiveAccuracy:
     "How often a model was right, among predictions with feedback."
     model_version: str
-    answers: str # kind of predictions: all, doubtful or sure
+    answers: str # kind of predictions: reviewed (all with feedback), doubtful or sure
     n: int # predictions with feedback
     right: int # predictions that equal the label
 
@@ -269,6 +276,6 @@ def live_accuracy(
     rows = _count_right(store)
     for version in sorted({model for model, *_ in rows}):
         kinds = [("doubtful" if doubtful else "sure", n, k) for model, doubtful, n, k in rows if model == version]
-        kinds.insert(0, ("all", sum(n for _, n, _ in kinds), sum(k for *_, k in kinds)))
+        kinds.insert(0, ("reviewed", sum(n for _, n, _ in kinds), sum(k for *_, k in kinds)))
         accuracies += [LiveAccuracy(version, *kind) for kind in kinds]
     return accuracies

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MIGRATIONS', 'TABLES', 'create_jobs', 'create_job_chunks', 'create_job_results', 'add_jobs', 'create_kept',
-           'create_feedback', 'add_review', 'rename_kept', 'migrate']
+           'create_feedback', 'add_review', 'rename_kept', 'add_prediction_columns', 'create_shadow_predictions',
+           'create_deployments', 'create_decisions', 'create_retrainings', 'add_life', 'migrate']
 
 # %% ../../nbs/store/05_migrations.ipynb #2b83fd0e
 from collections.abc import Callable
@@ -122,16 +123,139 @@ def rename_kept(
     if op.get_context().dialect.name == "postgresql":
         op.execute("ALTER TABLE retained_products RENAME CONSTRAINT kept_pkey TO retained_products_pkey")
 
+# %% ../../nbs/store/05_migrations.ipynb #a41cfcba
+def add_prediction_columns(
+    op: Operations,
+) -> None:
+    "Add experiment, audit, review order and duration to predictions; doubtful ones keep their place in the queue."
+    columns = (sa.Column("experiment", sa.String(32), nullable=False, server_default=""),
+               sa.Column("audit", sa.Boolean, nullable=False, server_default=sa.false()),
+               sa.Column("review_order", sa.Float, nullable=False, server_default="0"), sa.Column("seconds", sa.Float))
+    for column in columns: op.add_column("predictions", column)
+    op.create_index("ix_predictions_experiment", "predictions", ["experiment"])
+    op.execute("UPDATE predictions SET review_order = confidence")
+
+# %% ../../nbs/store/05_migrations.ipynb #6886ba2d
+def create_shadow_predictions(
+    op: Operations,
+) -> None:
+    "Create the tables of shadow answers and of errors by variant."
+    op.create_table("shadow_predictions",
+        sa.Column("prediction", _number, primary_key=True, autoincrement=False),
+        sa.Column("experiment", sa.String(32), nullable=False, index=True),
+        sa.Column("model_version", sa.String(12), nullable=False),
+        sa.Column("prdtypecode", sa.Integer),
+        sa.Column("confidence", sa.Float, nullable=False),
+        sa.Column("needs_review", sa.Boolean, nullable=False),
+        sa.Column("top5", sa.JSON, nullable=False),
+        sa.Column("seconds", sa.Float),
+        sa.Column("sampled", sa.Boolean, nullable=False),
+        sa.Column("error", sa.String(64), nullable=False))
+    op.create_table("variant_errors",
+        sa.Column("id", _number, primary_key=True, autoincrement=True),
+        sa.Column("at", sa.DateTime, nullable=False, index=True),
+        sa.Column("experiment", sa.String(32), nullable=False, index=True),
+        sa.Column("variant", sa.String(32), nullable=False),
+        sa.Column("model_version", sa.String(12), nullable=False),
+        sa.Column("kind", sa.String(64), nullable=False))
+
+# %% ../../nbs/store/05_migrations.ipynb #faffad1d
+def create_deployments(
+    op: Operations,
+) -> None:
+    "Create the tables of deployments and their reports."
+    op.create_table("deployments",
+        sa.Column("id", _number, primary_key=True, autoincrement=True),
+        sa.Column("at", sa.DateTime, nullable=False),
+        sa.Column("who", sa.String(80), nullable=False),
+        sa.Column("action", sa.String(16), nullable=False),
+        sa.Column("champion", sa.String(12), nullable=False),
+        sa.Column("champion_source", sa.Text, nullable=False),
+        sa.Column("challenger", sa.String(12), nullable=False),
+        sa.Column("challenger_source", sa.Text, nullable=False),
+        sa.Column("mode", sa.String(8), nullable=False),
+        sa.Column("share", sa.Float, nullable=False),
+        sa.Column("experiment", sa.String(32), nullable=False),
+        sa.Column("started", sa.DateTime),
+        sa.Column("rule", sa.JSON, nullable=False),
+        sa.Column("reason", sa.Text, nullable=False))
+    op.create_table("deployment_reports",
+        sa.Column("id", _number, primary_key=True, autoincrement=True),
+        sa.Column("deployment", _number, nullable=False, index=True),
+        sa.Column("process", sa.String(128), nullable=False),
+        sa.Column("at", sa.DateTime, nullable=False),
+        sa.Column("champion", sa.String(12), nullable=False),
+        sa.Column("challenger", sa.String(12), nullable=False),
+        sa.Column("error", sa.Text, nullable=False))
+
+# %% ../../nbs/store/05_migrations.ipynb #e4ce7303
+def create_decisions(
+    op: Operations,
+) -> None:
+    "Create the tables of decisions and drift reports."
+    op.create_table("decisions",
+        sa.Column("id", _number, primary_key=True, autoincrement=True),
+        sa.Column("at", sa.DateTime, nullable=False, index=True),
+        sa.Column("who", sa.String(80), nullable=False),
+        sa.Column("kind", sa.String(16), nullable=False),
+        sa.Column("outcome", sa.String(16), nullable=False),
+        sa.Column("acted", sa.Boolean, nullable=False),
+        sa.Column("experiment", sa.String(32), nullable=False),
+        sa.Column("champion", sa.String(12), nullable=False),
+        sa.Column("challenger", sa.String(12), nullable=False),
+        sa.Column("figures", sa.JSON, nullable=False),
+        sa.Column("reason", sa.Text, nullable=False))
+    op.create_table("drift_reports",
+        sa.Column("id", _number, primary_key=True, autoincrement=True),
+        sa.Column("at", sa.DateTime, nullable=False, index=True),
+        sa.Column("source", sa.String(8), nullable=False),
+        sa.Column("since", sa.DateTime),
+        sa.Column("until", sa.DateTime),
+        sa.Column("rows", sa.Integer, nullable=False),
+        sa.Column("model_version", sa.String(12), nullable=False),
+        sa.Column("drift", sa.Boolean, nullable=False),
+        sa.Column("report", sa.JSON, nullable=False))
+
+# %% ../../nbs/store/05_migrations.ipynb #6981ef24
+def create_retrainings(
+    op: Operations,
+) -> None:
+    "Create the table of retrainings."
+    op.create_table("retrainings",
+        sa.Column("id", sa.String(32), primary_key=True),
+        sa.Column("started", sa.DateTime, nullable=False, index=True),
+        sa.Column("updated", sa.DateTime, nullable=False),
+        sa.Column("because", sa.String(16), nullable=False),
+        sa.Column("step", sa.String(16), nullable=False),
+        sa.Column("status", sa.String(16), nullable=False),
+        sa.Column("process", sa.String(128), nullable=False),
+        sa.Column("model_version", sa.String(12), nullable=False),
+        sa.Column("experiment", sa.String(32), nullable=False),
+        sa.Column("steps", sa.JSON, nullable=False),
+        sa.Column("message", sa.Text, nullable=False))
+
+# %% ../../nbs/store/05_migrations.ipynb #da46c3a5
+def add_life(
+    op: Operations,
+) -> None:
+    "Version 4 → 5: deployments, experiments, decisions, drift reports and retrainings."
+    for step in (add_prediction_columns, create_shadow_predictions, create_deployments, create_decisions,
+                 create_retrainings): step(op)
+
 # %% ../../nbs/store/05_migrations.ipynb #97d469cd
-MIGRATIONS: dict[int, Callable[[Operations], None]] = {2: add_jobs, 3: add_review, 4: rename_kept}
+MIGRATIONS: dict[int, Callable[[Operations], None]] = {2: add_jobs, 3: add_review, 4: rename_kept,
+                                                          5: add_life}
 
 _first = frozenset({"store_version", "users", "predictions", "model_requests", "model_reports"})
 _jobs = frozenset({"jobs", "job_chunks", "job_results", "job_totals"})
+_life = frozenset({"shadow_predictions", "variant_errors", "deployments", "deployment_reports", "decisions",
+                   "drift_reports", "retrainings"})
 
 # %% ../../nbs/store/05_migrations.ipynb #3ede8922
 TABLES: dict[int, frozenset[str]] = { # version → names of its tables
     1: _first, 2: _first | _jobs, 3: _first | _jobs | {"kept", "feedback"},
-    4: _first | _jobs | {"retained_products", "feedback"}}
+    4: _first | _jobs | {"retained_products", "feedback"},
+    5: _first | _jobs | {"retained_products", "feedback"} | _life}
 
 # %% ../../nbs/store/05_migrations.ipynb #a69fca0e
 def migrate(
