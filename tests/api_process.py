@@ -1,4 +1,5 @@
 "The API as a process of its own on loopback, and a client for it."
+import signal
 import socket
 import subprocess
 import sys
@@ -30,7 +31,8 @@ class ApiProcess:
         self.home, self.port = home, free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         own = {"SECRET_KEY": KEY, "RAKUTEN_BUNDLE": str(bundle), "RAKUTEN_DATA_DIR": str(home / "data"),
-               "RAKUTEN_LOG_DIR": str(home / "logs"), "RAKUTEN_RATE_LIMIT_PREDICT": "100000/minute"}
+               "RAKUTEN_LOG_DIR": str(home / "logs"), "RAKUTEN_RATE_LIMIT_PREDICT": "100000/minute",
+               "RAKUTEN_AUDIT_SHARE": "0"} # no random review, unless a test asks for it
         self.env = env | own | settings
         self.process: subprocess.Popen[bytes] | None = None
         self.client = httpx.Client(base_url=self.url, timeout=30)
@@ -105,6 +107,18 @@ class ApiProcess:
     def __exit__(self, *_: object) -> None:
         self.client.close()
         if self.process and self.process.poll() is None: self.stop()
+
+class JobWorker:
+    "`rakuten-nb jobs worker` in a process of its own."
+    def __init__(self, api: ApiProcess):
+        command = [sys.executable, "-m", "rakuten_nb.cli", "jobs", "worker"]
+        with (api.home / "worker.log").open("ab") as terminal:
+            self.process = subprocess.Popen(command, env=api.env, cwd=api.home, stdout=terminal, stderr=terminal)
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        "Send a signal and wait; returns the exit code."
+        self.process.send_signal(number)
+        return self.process.wait(timeout=60)
 
 def memory_mb(pid: int) -> float:
     "The peak resident memory of a process, in MiB."

@@ -8,7 +8,6 @@ import signal
 import socket
 import struct
 import subprocess
-import sys
 import threading
 import time
 import zipfile
@@ -22,7 +21,7 @@ import httpx
 import pandas as pd
 import pytest
 import sqlalchemy as sa
-from api_process import USERS, ApiProcess, memory_mb
+from api_process import USERS, ApiProcess, JobWorker, memory_mb
 from conftest import Run, needs_postgres
 
 from rakuten_nb.store.database import job_results, jobs, open_store, predictions, utc_now
@@ -50,18 +49,6 @@ def api(tmp_path_factory: pytest.TempPathFactory, env: dict[str, str], bundle: P
 def marie(api: ApiProcess) -> Header:
     "The authorization header of a user without special rights."
     return api.token("marie")
-
-class JobWorker:
-    "`rakuten-nb jobs worker` in a process of its own."
-    def __init__(self, api: ApiProcess):
-        command = [sys.executable, "-m", "rakuten_nb.cli", "jobs", "worker"]
-        with (api.home / "worker.log").open("ab") as terminal:
-            self.process = subprocess.Popen(command, env=api.env, cwd=api.home, stdout=terminal, stderr=terminal)
-
-    def stop(self, number: int = signal.SIGTERM) -> int:
-        "Send a signal and wait; returns the exit code."
-        self.process.send_signal(number)
-        return self.process.wait(timeout=60)
 
 @pytest.fixture
 def workers() -> Iterator[list[JobWorker]]:

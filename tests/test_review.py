@@ -491,7 +491,7 @@ def test_the_next_model_learns_from_a_label(
     item = wait_for_item(api, rose, first["request_id"])
     assert item["title"] == title and api.client.get(item["picture"], headers=rose).content == picture
     assert send_label(api, rose, truth, request_id=first["request_id"]).status_code == 201
-    assert review_page(api, rose)["waiting"] == 0 and live_accuracy(api, root, version)["all"]["right"] == 0
+    assert review_page(api, rose)["waiting"] == 0 and live_accuracy(api, root, version)["reviewed"]["right"] == 0
     # A holdout product and a near duplicate of it are labelled too; models must not train on them.
     titles, description = holdout_texts(read_catalog(sample_catalog))
     for holdout_title in titles:
@@ -515,5 +515,5 @@ def test_the_next_model_learns_from_a_label(
     assert second["predictions"][0]["confidence"] > earlier
     time.sleep(1.2) # the prediction log writes within this time
     assert review_page(api, rose)["waiting"] == 0, "a reviewed product is not queued again, whatever the confidence"
-    assert live_accuracy(api, root, version)["all"]["n"] == 3
+    assert live_accuracy(api, root, version)["reviewed"]["n"] == 3
     assert not live_accuracy(api, root, second["model_version"])

@@ -131,7 +131,7 @@ def jobs_worker() -> None:
     with settings_store() as store:
         manager = ModelManager(settings, store)
         start_manager(manager)
-        worker = Worker(settings, store, manager.pick)
+        worker = Worker(settings, store, manager.lineup)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda n, _: signals.append(n))
         version = manager.status().version

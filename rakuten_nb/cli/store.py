@@ -185,9 +185,13 @@ app.add_typer(store, name="store")
 
 @store.command("show")
 def store_show() -> None:
-    "Show what is retained now, and for how long."
+    "Show what is retained now and for how long, and how accurate the models were."
+    from rakuten_nb.serving.accuracy import accuracy_frame
     from rakuten_nb.store.retention import store_contents
-    with settings_store() as opened: out_console().print(rich_table(store_contents(opened, read_settings())))
+    with settings_store() as opened:
+        out_console().print(rich_table(store_contents(opened, read_settings())))
+        accuracy = accuracy_frame(opened)
+    if len(accuracy): out_console().print(rich_table(accuracy, "Accuracy in use, 95 % intervals"))
 
 # %% ../../nbs/cli/40_store.ipynb #94adab33
 @store.command("prune")

@@ -37,7 +37,7 @@ from ..data.picture import decode_picture, picture_bytes
 from ..data.sample import make_sample
 from ..errors import InputError, one_line
 from ..models.bundle import verify_bundle
-from ..store.database import open_store
+from ..store.database import Store, open_store
 from ..store.users import add_user, hash_password
 
 # %% ../../nbs/operations/20_bench.ipynb #d65bfd1e
@@ -131,10 +131,12 @@ def status(
 def add_bench_user(
     home: Path, # data directory of the API
     password: str,
+    prepare: Callable[[Store], object] = lambda store: None, # called with the store
 ) -> None:
     "Create the database with the user `bench`; few rounds of bcrypt suffice here."
     store = open_store(f"sqlite:///{home}/rakuten.sqlite")
     add_user(store, "bench", hash_password(password, 4))
+    prepare(store)
     store.close()
 
 # %% ../../nbs/operations/20_bench.ipynb #081bf8cc
@@ -150,13 +152,16 @@ def bench_headers(
 # %% ../../nbs/operations/20_bench.ipynb #3ce07719
 class ServedApi:
     "The API in a process of its own on loopback, with one user; a context manager that ends it."
-    def __init__(self, bundle: Path):
-        self.bundle = bundle
+    def __init__(self,
+        bundle: Path,
+        prepare: Callable[[Store], object] = lambda store: None, # called with the store before the start
+    ):
+        self.bundle, self.prepare = bundle, prepare
 
     def __enter__(self) -> "ServedApi":
         self.scratch, self.port, password = tempfile.TemporaryDirectory(), free_port(), secrets.token_urlsafe(20)
         home = Path(self.scratch.name)
-        add_bench_user(home, password)
+        add_bench_user(home, password, self.prepare)
         start = time.perf_counter()
         command = [sys.executable, "-m", "uvicorn", "rakuten_nb.serving.api:app", "--no-access-log"]
         self.process = subprocess.Popen([*command, "--port", str(self.port)], env=temporary_env(home, self.bundle),

@@ -33,6 +33,7 @@ from .model_manager import ModelUnavailable
 from .problems import Problem, ProblemDocument, problem_response, request_id_of
 from .rate_limits import LimitReached, LoginBlocked
 from .routes.docs import docs_routes
+from .routes.experiment import experiment_routes
 from .routes.feedback import feedback_routes
 from .routes.jobs import job_routes
 from .routes.model import model_routes
@@ -54,7 +55,7 @@ from ..store.database import StoreUnavailable
 
 # %% ../../nbs/serving/80_api.ipynb #045ef465
 ROUTERS = (token_routes, predict_routes, model_routes, operation_routes, job_routes, review_routes, feedback_routes,
-           docs_routes)
+           experiment_routes, docs_routes)
 
 def allowed_methods(
     request: Request,

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BATCH_ROWS', 'BATCH_BYTES', 'Line', 'HEARTBEAT_SECONDS', 'IDLE_SECONDS', 'CLEAN_SECONDS', 'JobRow',
-           'archived_picture', 'read_row', 'row_batches', 'release_memory', 'predict_rows', 'answer_rows',
-           'log_columns', 'renewing', 'Interrupted', 'Worker', 'predict_chunk', 'finish_job', 'failure_message',
-           'error_message', 'work_on', 'work_until']
+           'archived_picture', 'read_row', 'row_batches', 'release_memory', 'predict_rows', 'answer_rows', 'Answer',
+           'answer_batch', 'shadow_batch', 'LogRow', 'log_columns', 'renewing', 'Interrupted', 'Worker',
+           'predict_chunk', 'finish_job', 'failure_message', 'error_message', 'work_on', 'work_until']
 
 # %% ../../nbs/serving/60_worker.ipynb #6b11ed89
 import ctypes
@@ -18,16 +18,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..config import Settings, get_logger
 from ..data.catalog import Product, as_products
 from ..data.picture import PictureError, decode_picture, picture_remark
 from ..errors import InputError, RakutenError
+from ..evaluation.assignment import product_key
 from ..models.bundle import COLUMNS, Bundle, Prediction, prediction_cells
-from .model_manager import ModelUnavailable, Served
+from .exposures import NO_ANSWER, compare_shadow, log_entry
+from .lineup import Lineup, Served
+from .model_manager import ModelUnavailable
 from ..store.archives import Archive, open_archive
-from ..store.database import Store, StoreUnavailable, utc_now
+from ..store.database import Store, StoreUnavailable
 from rakuten_nb.store.job_files import (
     PICTURES,
     clean_job_files,
@@ -38,7 +41,7 @@ from rakuten_nb.store.job_files import (
     write_files,
 )
 from ..store.jobs import MAX_TRIES, Claim, claim_chunk, end_job, finish_chunk, release_claim, renew_claim
-from ..store.prediction_log import insert_predictions, prediction_columns
+from ..store.prediction_log import insert_predictions
 from ..store.products import try_retain
 
 # %% ../../nbs/serving/60_worker.ipynb #5b4ffee0
@@ -124,27 +127,85 @@ def answer_rows(
     except Exception as e:
         if len(rows) > 1: return [one for row in rows for one in answer_rows(bundle, [row])]
         get_logger("serving_logger").error("a row could not be predicted", extra={"error": type(e).__name__})
-        results = [Prediction(None, "", "", 0.0, True, [], {}, "")]
+        results = [NO_ANSWER]
         rows = [replace(rows[0], error="internal error; the service's log has it")]
     cells = [prediction_cells(row.product.productid, row.product.imageid, prediction, row.error, row.remark)
              for row, prediction in zip(rows, results, strict=True)]
     return [(prediction, [c[name] for name in COLUMNS]) for prediction, c in zip(results, cells, strict=True)]
 
+# %% ../../nbs/serving/60_worker.ipynb #98154e54
+@dataclass(frozen=True)
+class Answer:
+    "A row of a job with its prediction."
+    row: JobRow
+    served: Served
+    prediction: Prediction # without a type where nothing is usable
+    line: Line
+    seconds: float
+
+def _answer_by(served: Served, rows: list[JobRow]) -> list[Answer]:
+    "Predict rows by one model."
+    started = time.perf_counter()
+    answers = answer_rows(served.bundle, rows) if rows else []
+    seconds = (time.perf_counter() - started) / max(len(rows), 1)
+    return [Answer(row, served, *answer, seconds) for row, answer in zip(rows, answers, strict=True)]
+
+# %% ../../nbs/serving/60_worker.ipynb #76ce66c4
+def answer_batch(
+    lineup: Lineup,
+    rows: list[JobRow],
+) -> list[Answer]: # in the same order
+    "Predict rows, each by the model that was picked for it."
+    picked = [lineup.pick(product_key(row.product)) for row in rows]
+    answers: dict[int, Answer] = {}
+    for variant, served in {served.variant: served for served in picked}.items():
+        numbers = [i for i, other in enumerate(picked) if other.variant == variant]
+        answered = _answer_by(served, [rows[i] for i in numbers])
+        answers |= {i: replace(a, served=picked[i]) for i, a in zip(numbers, answered, strict=True)}
+    for i, answer in answers.items():
+        if answer.prediction.prdtypecode is not None or answer.served.variant == "champion": continue
+        answers[i] = _answer_by(Served(lineup.champion, "champion", answer.served.experiment), [rows[i]])[0]
+    return [answers[i] for i in range(len(rows))]
+
+# %% ../../nbs/serving/60_worker.ipynb #251f541b
+def shadow_batch(
+    lineup: Lineup,
+    answers: list[Answer],
+) -> list[dict[str, Any] | None]: # `shadow_columns` of each row, or None
+    "Predict the rows by a challenger too, where it is assigned, and compare."
+    keys = [product_key(answer.row.product) for answer in answers]
+    shadows = [lineup.shadow(key) if a.prediction.prdtypecode is not None else None
+               for key, a in zip(keys, answers, strict=True)]
+    numbers = [i for i, served in enumerate(shadows) if served]
+    columns: list[dict[str, Any] | None] = [None] * len(answers)
+    if not numbers: return columns
+    challenger = shadows[numbers[0]]
+    assert challenger is not None
+    for i, other in zip(numbers, _answer_by(challenger, [answers[i].row for i in numbers]), strict=True):
+        columns[i] = compare_shadow(challenger, keys[i], answers[i].prediction, other.prediction, other.seconds)
+    return columns
+
+# %% ../../nbs/serving/60_worker.ipynb #ad9f2127
+class LogRow(NamedTuple):
+    "A row of a job for the prediction log."
+    prediction: dict[str, Any] # columns of `predictions`
+    product: dict[str, Any] | None # columns of `retained_products`
+    shadow: dict[str, Any] | None # columns of `shadow_predictions`
+
 # %% ../../nbs/serving/60_worker.ipynb #4aed5859
 def log_columns(
     claim: Claim,
-    bundle: Bundle,
+    answer: Answer, # with a type
+    shadow: dict[str, Any] | None, # of the challenger
     settings: Settings,
     row: int, # place in the job, counted from zero
-    product: Product,
-    prediction: Prediction, # with a type
-) -> tuple[dict[str, Any], dict[str, Any] | None]: # columns of the prediction; of the product, if it is retained
+) -> LogRow:
     "The columns of a row for the prediction log; writes the picture of a retained product to the disk."
-    at, request_id = utc_now(), f"{claim.job}-{row + 1}"
-    columns = prediction_columns(prediction, product, request_id=request_id, at=at, user=claim.user,
-                                 model_version=bundle.version)
-    if not prediction.needs_review or not settings.rakuten_keep_days: return columns, None
-    return columns, try_retain(settings.rakuten_data_dir, product, at, request_id)
+    product, request_id = answer.row.product, f"{claim.job}-{row + 1}"
+    entry = log_entry(settings, answer.served, answer.prediction, product, key=product_key(product),
+                      request_id=request_id, user=claim.user, seconds=answer.seconds, shadow=shadow)
+    retained = try_retain(settings.rakuten_data_dir, product, entry.row["at"], request_id) if entry.product else None
+    return LogRow(entry.row, retained, shadow)
 
 # %% ../../nbs/serving/60_worker.ipynb #3a971b68
 HEARTBEAT_SECONDS = 10.0 # between two renewals of a claim
@@ -179,10 +240,10 @@ class Worker:
     def __init__(self,
         settings: Settings,
         store: Store,
-        pick: Callable[[], Served], # the served model; raises `ModelUnavailable`
+        lineup: Callable[[], Lineup], # the loaded models; raises `ModelUnavailable`
         heartbeat: float = HEARTBEAT_SECONDS,
     ):
-        self.settings, self.store, self.pick, self.heartbeat = settings, store, pick, heartbeat
+        self.settings, self.store, self.lineup, self.heartbeat = settings, store, lineup, heartbeat
         self.name = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}" # process ids are reused
         self.log = get_logger("serving_logger")
         self.stopping = threading.Event()
@@ -205,30 +266,30 @@ class Worker:
 
     def step(self) -> bool: # whether there was a chunk
         "Claim a chunk and work on it."
-        try: bundle = self.pick().bundle
+        try: lineup = self.lineup()
         except ModelUnavailable: return False
         if (claim := claim_chunk(self.store, self.name)) is None: return False
-        work_on(self, claim, bundle)
+        work_on(self, claim, lineup)
         return True
 
 # %% ../../nbs/serving/60_worker.ipynb #94e642ab
 def predict_chunk(
     worker: Worker,
     claim: Claim,
-    bundle: Bundle,
+    lineup: Lineup,
     lost: threading.Event, # set when the claim is lost
-) -> tuple[list[Line], list[Any]]: # the line of each row; the log columns of each prediction
+) -> tuple[list[Line], list[LogRow]]: # the line of each row; the log row of each prediction
     "Predict the rows of a chunk; raises `Interrupted`."
     lines: list[Line] = []
-    log: list[Any] = []
+    log: list[LogRow] = []
     products = read_chunk(job_folder(worker.settings, claim.job), claim.number)
     for batch in row_batches(products, worker.pictures_of(claim.job), worker.settings):
         if worker.stopping.is_set() or lost.is_set(): raise Interrupted
-        for row, (prediction, line) in zip(batch, answer_rows(bundle, batch), strict=True):
-            if prediction.prdtypecode is not None:
-                place = claim.first + len(lines)
-                log.append(log_columns(claim, bundle, worker.settings, place, row.product, prediction))
-            lines.append(line)
+        answers = answer_batch(lineup, batch)
+        for answer, shadow in zip(answers, shadow_batch(lineup, answers), strict=True):
+            if answer.prediction.prdtypecode is not None:
+                log.append(log_columns(claim, answer, shadow, worker.settings, claim.first + len(lines)))
+            lines.append(answer.line)
         if any(row.product.picture for row in batch): release_memory()
     return lines, log
 
@@ -264,28 +325,28 @@ def error_message(
     return message.replace(f"{settings.rakuten_data_dir}/", "")
 
 # %% ../../nbs/serving/60_worker.ipynb #d8582f47
-def _complete(worker: Worker, claim: Claim, bundle: Bundle) -> bool: # whether the job is complete
+def _complete(worker: Worker, claim: Claim, lineup: Lineup) -> bool: # whether the job is complete
     "Predict the rows of a claim and store the results, or write the files."
     with renewing(worker.store, claim, worker.heartbeat) as lost:
         if not claim.rows:
             write_files(worker.store, worker.settings, claim.job)
             return True
-        lines, log = predict_chunk(worker, claim, bundle, lost)
-        rows, products = ([pair[i] for pair in log] for i in (0, 1))
-        errors = len(lines) - len(log)
-        finish_chunk(worker.store, claim, lines, errors, lambda c: insert_predictions(c, rows, products))
+        lines, log = predict_chunk(worker, claim, lineup, lost)
+        rows, products = [row.prediction for row in log], [row.product for row in log]
+        shadows, errors = [row.shadow for row in log], len(lines) - len(log)
+        finish_chunk(worker.store, claim, lines, errors, lambda c: insert_predictions(c, rows, products, shadows))
     return False
 
 # %% ../../nbs/serving/60_worker.ipynb #ae8d3ce2
 def work_on(
     worker: Worker,
     claim: Claim,
-    bundle: Bundle,
+    lineup: Lineup,
 ) -> None:
     "Complete a claim, or release it with the reason of the failure."
     if claim.tries > MAX_TRIES: return finish_job(worker, claim.job, "failed", failure_message(claim))
     try:
-        if _complete(worker, claim, bundle): finish_job(worker, claim.job, "succeeded")
+        if _complete(worker, claim, lineup): finish_job(worker, claim.job, "succeeded")
     except Interrupted: release_claim(worker.store, claim)
     except StoreUnavailable: raise # the lease ends by itself
     except Exception as e:
