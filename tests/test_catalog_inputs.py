@@ -6,6 +6,7 @@ import random
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,9 +75,23 @@ class NA(float):
     def __str__(self) -> str: return "NA"
     __repr__ = __str__
 
+class RNumber(int):
+    "A whole number as R writes it: with an exponent where that is shorter."
+    def __str__(self) -> str:
+        plain = int.__repr__(self)
+        digits = plain.rstrip("0") or "0"
+        short = f"{digits[0]}{'.' * (len(digits) > 1)}{digits[1:]}e+{len(plain) - 1:02}"
+        return short if len(short) < len(plain) else plain
+    __repr__ = __str__
+
+def r_cell(cell: Any) -> Any:
+    "A cell as R writes it."
+    if cell == "": return NA()
+    return RNumber(cell) if isinstance(cell, int) and not isinstance(cell, bool) else cell
+
 def by_r(rows: Rows) -> Rows:
     "As R's `write.csv` writes a data frame: rows numbered from 1 as text, NA for a missing value."
-    cells = [[NA() if cell == "" else cell for cell in row[1:]] for row in rows[1:]]
+    cells = [[r_cell(cell) for cell in row[1:]] for row in rows[1:]]
     return [rows[0], *([str(n), *row] for n, row in enumerate(cells, 1))]
 
 EXCEL = {"end": "\r\n", "bom": True}
@@ -254,6 +269,21 @@ MISLEADING: dict[str, tuple[Damage, tuple[str, ...]]] = { # X → what the error
     "gzip": (lambda x: b"\x1f\x8b" + bytes(90), ("gzip", "save")),
     "an id of letters": (lambda x: line(x, 8, lambda b: b"6,rouge,,12a,2\n"), ("line 8, row 6", "productid", "'12a'")),
 }
+
+SHORTENED = {"9.32e+08": "932000000", "4e+05": "400000", "3.80473e+09": "3804730000"}
+
+@pytest.mark.parametrize("cell, number", SHORTENED.items())
+def test_reads_an_id_that_r_has_shortened(cell: str, number: str, tables: tuple[Rows, Rows], tmp_path: Path) -> None:
+    x = csv_bytes([tables[0][0], *([*row[:3], cell, *row[4:]] for row in tables[0][1:2])])
+    catalog = read_catalog(write(tmp_path / "shop", x=x))
+    assert catalog.products.productid.tolist() == [number]
+
+@pytest.mark.parametrize("cell", ["3.80473E+09", "3,80473E+09", "1.5e+00", "1e+99", "9.32e8"])
+def test_refuses_an_id_that_has_lost_digits(cell: str, tables: tuple[Rows, Rows], tmp_path: Path) -> None:
+    x = csv_bytes([tables[0][0], *([*row[:3], cell, *row[4:]] for row in tables[0][1:2])])
+    with pytest.raises(InputError, match=r"line 2, row 0, field productid: expected a whole number; found") as e:
+        read_catalog(write(tmp_path / "shop", x=x))
+    assert ("a spreadsheet has shortened it" in str(e.value)) == ("E+" in cell)
 
 @pytest.mark.parametrize("how", MISLEADING)
 def test_an_error_names_file_and_line(how: str, tables: tuple[Rows, Rows], tmp_path: Path) -> None:
