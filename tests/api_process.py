@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 
 from rakuten_nb.store.database import Store, open_store
-from rakuten_nb.store.users import add_user, hash_password
+from rakuten_nb.store.users import add_user, find_user, hash_password
 
 KEY = "a key that is long enough for tests, and for nothing else"
 PASSWORD = "a password that is long enough"
@@ -80,6 +80,14 @@ class ApiProcess:
         store = self.store()
         for name, role in users.items(): add_user(store, name, hash_password(PASSWORD, rounds=4), role)
         store.close()
+
+    def generation(self, name: str) -> int:
+        "The generation of a user, which tokens carry."
+        store = self.store()
+        user = find_user(store, name)
+        store.close()
+        assert user
+        return user.generation
 
     def token(self, name: str = "marie", **fields: str) -> dict[str, str]:
         "The header of a user who has logged in."

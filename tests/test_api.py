@@ -106,29 +106,31 @@ def test_both_form_encodings_give_the_same_prediction(api: ApiProcess, marie: di
 
 # --- tokens
 
-def signed(key: str = KEY, **changes: Any) -> dict[str, str]:
+def signed(generation: int, key: str = KEY, **changes: Any) -> dict[str, str]:
     "A header with a token like the service's, except for some claims."
     now = int(time.time())
-    claims = {"sub": "marie", "scope": "predict", "gen": 0, "iat": now, "exp": now + 600} | changes
+    claims = {"sub": "marie", "scope": "predict", "gen": generation, "iat": now, "exp": now + 600} | changes
     return {"Authorization": f"Bearer {jwt.encode(claims, key, 'HS256')}"}
 
-def unsigned() -> dict[str, str]:
+def unsigned(generation: int) -> dict[str, str]:
     "A header with a token whose algorithm is none."
+    now = int(time.time())
     part = lambda claims: base64.urlsafe_b64encode(json.dumps(claims).encode()).decode().rstrip("=")
-    head, claims = {"alg": "none", "typ": "JWT"}, {"sub": "root", "scope": "admin", "gen": 0, "iat": 0, "exp": 2**31}
+    head = {"alg": "none", "typ": "JWT"}
+    claims = {"sub": "marie", "scope": "predict", "gen": generation, "iat": now, "exp": now + 600}
     return {"Authorization": f"Bearer {part(head)}.{part(claims)}."}
 
-TOKENS: dict[str, Callable[[], dict[str, str]]] = {
-    "none": dict, "nonsense": lambda: {"Authorization": "Bearer nonsense"},
-    "basic": lambda: {"Authorization": "Basic bWFyaWU6eA=="}, "empty": lambda: {"Authorization": "Bearer"},
-    "expired": lambda: signed(exp=int(time.time()) - 1), "alg none": unsigned,
-    "unknown user": lambda: signed(sub="nobody"), "another generation": lambda: signed(gen=7),
-    "another key": lambda: signed("x" * 48, sub="root", scope="admin"), "NUL": lambda: signed(sub=chr(0)),
+TOKENS: dict[str, Callable[[int], dict[str, str]]] = { # kind → header, for the generation of marie
+    "none": lambda g: {}, "nonsense": lambda g: {"Authorization": "Bearer nonsense"},
+    "basic": lambda g: {"Authorization": "Basic bWFyaWU6eA=="}, "empty": lambda g: {"Authorization": "Bearer"},
+    "expired": lambda g: signed(g, exp=int(time.time()) - 1), "alg none": unsigned,
+    "unknown user": lambda g: signed(g, sub="nobody"), "another generation": lambda g: signed(g + 7),
+    "another key": lambda g: signed(g, "x" * 48), "NUL": lambda g: signed(g, sub=chr(0)),
 }
 
 @pytest.mark.parametrize("kind", TOKENS)
 def test_refuses_an_invalid_token(kind: str, api: ApiProcess) -> None:
-    response = api.predict(TOKENS[kind](), "Jeu")
+    response = api.predict(TOKENS[kind](api.generation("marie")), "Jeu")
     problem(response, 401)
     assert response.headers["www-authenticate"] == "Bearer"
 
@@ -138,7 +140,8 @@ def test_accepts_a_token_in_the_header_only(api: ApiProcess, marie: dict[str, st
         problem(api.client.post("/predict", params={name: token}, data={"designation": "Jeu"}), 401)
     cookie = {"Cookie": f"access_token={token}"}
     problem(api.client.post("/predict", headers=cookie, data={"designation": "Jeu"}), 401)
-    assert api.predict(signed(), "Jeu").status_code == 200, "the tokens above fail for their one wrong claim"
+    valid = api.predict(signed(api.generation("marie")), "Jeu")
+    assert valid.status_code == 200, "the tokens above fail for their one wrong claim"
 
 # --- refused requests
 

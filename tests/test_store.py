@@ -36,7 +36,7 @@ from rakuten_nb.store.jobs import claim_chunk, find_jobs, finish_chunk, job_coun
 from rakuten_nb.store.model_requests import find_model_reports, last_model_request, report_model, request_model
 from rakuten_nb.store.prediction_log import PredictionLog, add_predictions
 from rakuten_nb.store.products import picture_path
-from rakuten_nb.store.retention import store_contents
+from rakuten_nb.store.retention import erase_user, store_contents
 from rakuten_nb.store.review_export import export_reviewed
 from rakuten_nb.store.users import add_user, change_user, check_password, find_user, list_users
 
@@ -335,8 +335,16 @@ def test_a_user_is_found_as_added(store: Store) -> None:
     add_user(store, "marie", HASH, "reviewer")
     user = find_user(store, "marie")
     assert user and (user.name, user.password_hash, user.role) == ("marie", HASH, "reviewer")
-    assert (user.disabled, user.generation) == (False, 0)
+    assert not user.disabled and 0 <= user.generation < 2**30
     assert before <= user.created <= datetime.now(UTC) and user.created.tzinfo is UTC
+
+def test_a_new_user_of_an_erased_name_has_another_generation(store: Store, tmp_path: Path) -> None:
+    generations = set()
+    for _ in range(3):
+        add_user(store, "marie", HASH)
+        generations |= {user.generation for user in list_users(store)}
+        erase_user(store, Settings(rakuten_data_dir=tmp_path), "marie")
+    assert len(generations) == 3, "a token of the erased user would be valid for the new one"
 
 def test_a_second_user_of_the_same_name_is_refused(store: Store) -> None:
     add_user(store, "marie", HASH, "admin")
@@ -380,13 +388,14 @@ def test_an_unknown_role_is_refused(store: Store) -> None:
 
 def test_each_change_raises_the_generation(store: Store) -> None:
     for name in ("marie", "rose"): add_user(store, name, HASH)
+    first, other = (user.generation for user in list_users(store))
     change_user(store, "marie", disabled=True)
     change_user(store, "marie", disabled=False, role="admin")
     marie, rose = list_users(store)
-    assert (marie.disabled, marie.role, marie.generation) == (False, "admin", 2)
-    assert (rose.role, rose.generation) == ("user", 0)
+    assert (marie.disabled, marie.role, marie.generation) == (False, "admin", first + 2)
+    assert (rose.role, rose.generation) == ("user", other)
     together([lambda: change_user(store, "marie", password_hash=HASH)] * 20)
-    assert list_users(store)[0].generation == 22, "concurrent changes all count"
+    assert list_users(store)[0].generation == first + 22, "concurrent changes all count"
 
 # --- predictions
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ABOUT', 'app', 'Version', 'CatalogArg', 'BundleArg', 'ParamsOpt', 'ExpertsOpt', 'JsonOpt', 'common', 'plain', 'note',
-           'report_console', 'OutputFile', 'open_streams', 'run_app', 'report_quarantine']
+           'report_console', 'OutputFile', 'open_streams', 'run_app', 'report_quarantine', 'report_pictures']
 
 # %% ../../nbs/cli/10_app.ipynb #a41650c8
 import io
@@ -143,3 +143,11 @@ def report_quarantine(
     if not kinds: return
     reasons = "; ".join(f"{n} × {reason}" for reason, n in kinds.most_common(6)) + ("; …" if len(kinds) > 6 else "")
     note(f"{reasons} (`rakuten-nb check {catalog.root} --quarantine FILE` lists them)", "quarantined")
+
+# %% ../../nbs/cli/10_app.ipynb #0596b2f8
+def report_pictures(
+    catalog: Catalog, # as read
+) -> None:
+    "Print which files of the picture folders belong to no product, on standard error."
+    for use in catalog.pictures:
+        if use.unused: note(use.summary(), "pictures")

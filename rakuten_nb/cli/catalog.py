@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .app import CatalogArg, ExpertsOpt, ParamsOpt, app, plain, report_console, report_quarantine
+from rakuten_nb.cli.app import (
+    CatalogArg,
+    ExpertsOpt,
+    ParamsOpt,
+    app,
+    plain,
+    report_console,
+    report_pictures,
+    report_quarantine,
+)
 from ..config import read_settings
 from ..console import out_console, rich_table
 from ..data.catalog import read_catalog, write_quarantine
@@ -108,6 +117,7 @@ def audit(
     model = load_bundle(bundle, read_settings().cache_dir) if bundle else None
     cat = read_catalog(catalog)
     report_quarantine(cat)
+    report_pictures(cat)
     labels = audit_with(model, cat, auditing) if model else audit_catalog(cat, training, auditing, experts)
     write_audit(out, labels)
     print_audit(labels, limit, out)

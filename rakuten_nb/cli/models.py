@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PlotsOpt', 'OutOpt', 'SplitOpt', 'ExplainOpt', 'ChampionOpt', 'model', 'UriArg', 'print_training', 'train',
-           'print_evaluation', 'evaluate', 'report_pictures', 'predict', 'print_decision', 'gate', 'model_pull',
-           'model_list', 'model_relocate', 'log_model']
+           'print_evaluation', 'evaluate', 'predict', 'print_decision', 'gate', 'model_pull', 'model_list',
+           'model_relocate', 'log_model']
 
 # %% ../../nbs/cli/30_models.ipynb #f048c8c9
 from contextlib import nullcontext
@@ -24,6 +24,7 @@ from rakuten_nb.cli.app import (
     note,
     plain,
     report_console,
+    report_pictures,
     report_quarantine,
 )
 from ..config import read_settings
@@ -72,6 +73,7 @@ def train(
     parameters.chosen(experts) # refuses an unknown expert before the catalogue is read
     cat = read_catalog(catalog, folds=parameters.split.folds)
     report_quarantine(cat)
+    report_pictures(cat)
     model, _ = fit(cat, parameters, experts, keep_gold)
     for line in cat.warnings: note(line)
     version = save_bundle(model, bundle)
@@ -119,19 +121,12 @@ def evaluate(bundle: BundleArg, catalog: CatalogArg, json: JsonOpt = None, plots
     model = load_bundle(bundle, read_settings().cache_dir)
     cat = read_catalog(catalog)
     report_quarantine(cat)
+    report_pictures(cat)
     evaluation = score(model, cat)
     print_evaluation(evaluation, f"Model {model.version} on {cat.root.name}", json)
     if json: write_json(json, evaluation.to_json())
     curves = {e: (evaluation.y[r], p[r]) for e, (r, p) in evaluation.experts.items() if r.any()}
     if plots: write_plots(curves | {"fused": (evaluation.y, evaluation.fused)}, plots)
-
-# %% ../../nbs/cli/30_models.ipynb #b7d49ca9
-def report_pictures(
-    catalog: Catalog, # as read
-) -> None:
-    "Print which files of the picture folders belong to no product, on standard error."
-    for use in catalog.pictures:
-        if use.unused: note(use.summary(), "pictures")
 
 # %% ../../nbs/cli/30_models.ipynb #0c57753f
 OutOpt = Annotated[Path, typer.Option("--out", metavar="FILE", help="CSV file to write; `-`: standard output.",
@@ -203,6 +198,7 @@ def gate(
     model, other = load_bundle(bundle, cache), load_bundle(champion, cache) if champion else None
     cat = read_catalog(catalog)
     report_quarantine(cat)
+    report_pictures(cat)
     decision = decide(model, cat, criteria, split, other)
     if json: write_json(json, decision.to_json())
     print_decision(decision, cat.root.name, json)

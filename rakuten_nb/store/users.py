@@ -8,6 +8,7 @@ __all__ = ['ROLES', 'USER_NAME', 'MAX_PASSWORD', 'ROUNDS', 'UNKNOWN_USER', 'chec
 
 # %% ../../nbs/store/15_users.ipynb #f815fcdc
 import re
+import secrets
 import unicodedata
 from dataclasses import dataclass
 from datetime import datetime
@@ -105,7 +106,7 @@ def add_user(
     "Add a user; raises `InputError` if the name is invalid or in use, or the role unknown."
     if role not in ROLES: raise InputError(f"role: expected {', '.join(ROLES)}; found {role!r}")
     values: dict[str, Any] = {"name": check_name(name), "password_hash": password_hash, "role": role}
-    values |= {"disabled": False, "generation": 0, "created": utc_now()}
+    values |= {"disabled": False, "generation": secrets.randbelow(2**30), "created": utc_now()}
     try:
         with store.writing() as c: c.execute(users.insert().values(values))
     except IntegrityError: raise InputError(f"user {name}: expected a new name; this user exists already") from None

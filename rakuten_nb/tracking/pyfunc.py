@@ -60,17 +60,19 @@ def prediction_row(
     reason: str, # why the picture was not used, or ""
 ) -> dict[str, Any]:
     "One row of the table of predictions; probabilities have nine digits."
+    answered = prediction.prdtypecode is not None
     top5 = " ".join(f"{code}:{p:.9f}" for code, p in prediction.top5)
     experts = " ".join(f"{expert}:{share:.3f}" for expert, share in prediction.experts.items())
     return {"productid": productid, "imageid": imageid, "prdtypecode": prediction.prdtypecode,
             "name": prediction.name, "name_en": prediction.name_en, "confidence": prediction.confidence,
             "needs_review": prediction.needs_review, "top5": top5, "experts": experts,
-            "error": reason or prediction.error}
+            "error": "" if answered else reason or prediction.error, "warning": reason if answered else ""}
 
 # %% ../../nbs/tracking/20_pyfunc.ipynb #c116062a
 OUTPUT_COLUMNS = { # name → pandas type
     "productid": "object", "imageid": "object", "prdtypecode": "Int64", "name": "object", "name_en": "object",
-    "confidence": "float64", "needs_review": "bool", "top5": "object", "experts": "object", "error": "object"}
+    "confidence": "float64", "needs_review": "bool", "top5": "object", "experts": "object", "error": "object",
+    "warning": "object"}
 
 def prediction_frame(
     products: Any, # Products
