@@ -27,7 +27,7 @@ from dotenv.parser import parse_stream
 from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from .errors import InputError
+from .errors import InputError, expected_text
 
 # %% ../nbs/03_config.ipynb #d8257340
 def project_root(
@@ -249,7 +249,7 @@ def read_settings(
         name = str(error["loc"][0])
         secret = "Secret" in str(Settings.model_fields[name].annotation)
         value = "" if secret else f"; found {error['input']!r}"
-        expected = "expected a path in UTF-8" if error["type"] == "path_type" else error["msg"]
+        expected = "expected a path in UTF-8" if error["type"] == "path_type" else expected_text(error["msg"])
         raise InputError(f"setting {name.upper()}: {expected}{value}") from None
 
 # %% ../nbs/03_config.ipynb #04f1b4cd

@@ -46,7 +46,7 @@ def check_writable(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent): pass
-    except OSError as e: raise InputError(f"{path}: cannot be written: {e.strerror}") from None
+    except OSError as e: raise InputError(f"{path}: cannot be written: {e.strerror}; choose another place") from None
 
 # %% ../nbs/02_files.ipynb #8e3de268
 def _umask() -> int:

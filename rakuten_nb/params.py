@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from .errors import InputError, one_line
+from .errors import InputError, expected_text, one_line
 
 # %% ../nbs/06_params.ipynb #bfbab848
 def all_nodes(
@@ -113,7 +113,7 @@ def error_text(
     place, value = ".".join(str(part)[:60] for part in (*section, *bad["loc"])), str(bad["input"])[:60]
     if bad["type"] == "extra_forbidden": problem = unknown_name(place, fields_at(model, bad["loc"][:-1]))
     elif bad["type"] in ("model_type", "dict_type"): problem = f"{place}: expected names with values"
-    else: problem = f"{place}: {bad['msg']}"
+    else: problem = f"{place}: {expected_text(bad['msg'])}"
     return f"{problem}; found {value!r}"
 
 # %% ../nbs/06_params.ipynb #e36db984

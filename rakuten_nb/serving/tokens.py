@@ -33,7 +33,8 @@ def granted_scopes(
     "The scopes of a new token; raises `InputError` naming those that the role does not hold."
     scopes = set(requested.split()) or set(ROLES[role])
     if beyond := sorted(scopes - set(ROLES[role])):
-        raise InputError(f"scope: a {role} has {' '.join(ROLES[role])}; found {' '.join(beyond)[:100]}")
+        expected = f"expected some of {' '.join(ROLES[role])} for a {role}"
+        raise InputError(f"scope: {expected}; found {' '.join(beyond)[:100]}")
     return tuple(s for s in SCOPES if s in scopes)
 
 # %% ../../nbs/serving/10_tokens.ipynb #7b6b61b4

@@ -130,7 +130,8 @@ def check_member(
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise InputError(f"archive: {name!r}: expected it stored or deflated; found method {info.compress_type}")
     if info.file_size > limit:
-        raise TooLarge(f"archive: {name!r}: expected at most {limit:,} bytes; it claims {info.file_size:,}")
+        raise TooLarge(f"archive: {name!r}: expected at most {limit:,} bytes; it claims {info.file_size:,}; "
+                       "send several files")
 
 # %% ../../nbs/store/42_archives.ipynb #6f60a9ff
 DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, struct.error)

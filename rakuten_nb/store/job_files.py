@@ -112,7 +112,7 @@ def uploaded_rows(
     check_header(header := next(lines, []))
     columns = [header.index(name) if name in header else None for name in (*NEEDED, *OPTIONAL)]
     for n, row in enumerate(lines):
-        if n == limit: raise TooLarge(f"expected at most {limit:,} rows; found more")
+        if n == limit: raise TooLarge(f"expected at most {limit:,} rows; found more; send several files")
         title, description, productid, imageid = ("" if i is None else row[i] for i in columns)
         product = Product(title, description, None, productid, imageid)
         check_ids(product, n + 1)
