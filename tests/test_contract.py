@@ -23,6 +23,7 @@ from rakuten_nb.config import Settings
 from rakuten_nb.data.catalog import Product
 from rakuten_nb.models.bundle import Prediction
 from rakuten_nb.store.database import Store, utc_now
+from rakuten_nb.store.drift_reports import add_drift_report
 from rakuten_nb.store.job_files import KINDS, answers_path, job_folder
 from rakuten_nb.store.jobs import add_job, end_job, find_jobs
 from rakuten_nb.store.prediction_log import add_predictions, prediction_columns
@@ -81,6 +82,7 @@ def examples(api: ApiProcess) -> Iterator[None]:
     store, stop = api.store(), threading.Event()
     settings = Settings(rakuten_data_dir=api.home / "data")
     add_examples(store, settings.rakuten_data_dir)
+    add_drift_report(store, {"rows": 300, "model_version": EXAMPLE_MODEL, "drift": False, "comparisons": []})
     (settings.rakuten_data_dir / "models" / EXAMPLE_MODEL).mkdir(parents=True) # cannot be loaded: the champion stays
     def recreate() -> None:
         while not stop.wait(0.05):

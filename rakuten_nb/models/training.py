@@ -26,7 +26,7 @@ from pydantic import Field, field_validator
 from ..config import get_logger
 from ..console import progress
 from ..data.catalog import Catalog, Products, data_hash
-from ..data.profile import profile, reference_profile
+from ..data.profile import profile, versioned_profile
 from ..data.split import Split, make_split
 from ..errors import InputError, TooLittleData
 from ..metrics import bootstrap_interval, calibration_reference, review_threshold, summary, weighted_f1
@@ -120,7 +120,7 @@ def check_expert(
     raise InputError(f"{place}: {wanted}; found {name}, which belongs under {modality}.experts")
 
 # %% ../../nbs/models/85_training.ipynb #4b71292b
-PIPELINE_SECTIONS = ("import", "evaluate", "audit", "gate", "abtest", "monitor", "register", "predict",
+PIPELINE_SECTIONS = ("import", "evaluate", "audit", "gate", "abtest", "drift", "monitor", "register", "predict",
                      "retrain") # not read by training
 
 def read_params(
@@ -429,7 +429,9 @@ def assemble(
     rows = held_out.rows("gold") | held_out.rows("out_of_fold")
     about = {
         "params": params.model_dump(mode="json"), "keep_gold": keep_gold, "data": data_counts(products, split, trained),
-        "metrics": held_out_metrics(held_out), "profile": reference_profile(profile(products)),
+        "metrics": held_out_metrics(held_out),
+        "profile": versioned_profile(profile(products), held_out.fused[rows].max(1),
+                                     np.array(CODES)[held_out.fused[rows].argmax(1)]),
         "calibration": calibration_reference(held_out.y[rows], held_out.fused[rows], CODES, held_out.is_gold[rows]),
     }
     experts, powers = {e: r.expert for e, r in runs.items()}, {e: r.inverse_temperature for e, r in runs.items()}

@@ -6,20 +6,20 @@
 __all__ = ['VERSION_SCHEMA', 'REASON_SCHEMA', 'EXPERIMENT_FIELDS', 'PROMOTE_FIELDS', 'REASON_FIELDS', 'BODY_BYTES',
            'experiment_routes', 'CHANGE_PROBLEMS', 'body_schema', 'check_field', 'checked_fields', 'read_body',
            'check_copy', 'DeploymentResponse', 'deployed', 'conflict', 'begin', 'promote_version', 'start', 'stop',
-           'promote_model', 'rollback_model']
+           'promote_model', 'rollback_model', 'DriftResponse', 'drift']
 
 # %% ../../../nbs/serving/routes/47_experiment.ipynb #05a5ca0e
 import asyncio
 import re
 from datetime import datetime
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Security
 from pydantic import BaseModel, Field
 
 from ...errors import InputError, one_line
 from ...evaluation.abtest import AbtestParams
-from ..dependencies import AUTH_STATUSES, RunningService
+from ..dependencies import AUTH_STATUSES, RunningService, current_user
 from ..problems import Problem, problem_responses
 from ..product_form import limited_body
 from .feedback import json_fields
@@ -35,6 +35,7 @@ from rakuten_nb.store.deployments import (
     start_experiment,
     stop_experiment,
 )
+from ...store.drift_reports import last_drift_reports
 from ...store.model_copies import model_copies
 from ...store.users import User
 
@@ -218,3 +219,21 @@ async def rollback_model(request: Request, service: RunningService, user: AdminU
     try: after = await asyncio.to_thread(rollback, service.store, user.name, fields["reason"])
     except InputError as e: raise conflict(e) from None
     return await asyncio.to_thread(deployed, service, user, before, after, "rollback")
+
+# %% ../../../nbs/serving/routes/47_experiment.ipynb #c75fa2ce
+class DriftResponse(BaseModel):
+    "What the latest comparison of predictions with the reference of the champion has found."
+    at: datetime = Field(description="Time of the comparison")
+    since: datetime | None = Field(description="Start of the window; null: all predictions")
+    until: datetime | None = Field(description="End of the window")
+    model_version: str = Field(description="Model whose predictions were compared")
+    rows: int = Field(description="Predictions in the window")
+    drift: bool = Field(description="Something has moved in this window")
+    report: dict[str, Any] = Field(description="Summary, and each number: effect, p, before, now, examples")
+
+@experiment_routes.get("/drift", response_model=DriftResponse, responses=problem_responses((*AUTH_STATUSES, 404)))
+def drift(service: RunningService, user: Annotated[User, Security(current_user)]) -> dict[str, Any]:
+    "The latest drift report."
+    rows = last_drift_reports(service.store, limit=1)
+    if not rows: raise Problem(404, "no-report", "no drift report yet; `rakuten-nb drift` makes one")
+    return {name: value for name, value in vars(rows[0]).items() if name != "source"}
