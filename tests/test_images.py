@@ -180,16 +180,34 @@ def test_detects_a_weaker_compose(change: Callable[[dict[str, Any]], None]) -> N
 
 def test_compose_profiles_and_dependencies() -> None:
     profiles = {name: service.get("profiles", []) for name, service in COMPOSE["services"].items()}
-    assert profiles == {"api": [], "postgres": ["full"], "redis": ["full"], "train": ["train"]}
+    assert profiles == {"api": [], "monitor": ["full", "monitor"], "postgres": ["full"], "redis": ["full"],
+                        "train": ["train"]}
     healthy = {"condition": "service_healthy", "required": False}
-    assert all(dependency == healthy for dependency in COMPOSE["services"]["api"]["depends_on"].values())
+    for name in ("api", "monitor"):
+        assert all(dependency == healthy for dependency in COMPOSE["services"][name]["depends_on"].values())
     targets = {name: service["build"]["target"] for name, service in COMPOSE["services"].items() if "build" in service}
     assert targets == {"api": "serve", "train": "train"}
 
 def test_compose_sets_existing_settings_only() -> None:
-    names = {name.lower() for name in COMPOSE["services"]["api"]["environment"]}
+    names = {name.lower() for service in ("api", "monitor") for name in COMPOSE["services"][service]["environment"]}
     former = {name.lower() for name in RENAMED}
     assert names - set(Settings.model_fields) - former == set()
+
+def test_the_monitor_shares_database_data_and_model_with_the_api() -> None:
+    api, monitor = COMPOSE["services"]["api"], COMPOSE["services"]["monitor"]
+    assert monitor["image"] == api["image"] and monitor["environment"].items() - {
+        ("MLFLOW_TRACKING_URI", "${MLFLOW_TRACKING_URI:-}")} <= api["environment"].items()
+    assert [v for v in api["volumes"] if v not in monitor["volumes"]] == []
+    assert monitor["command"][:2] == ["monitor", "--every"]
+
+@pytest.mark.parametrize(("age", "code"), [(60, 0), (3600, 1), (None, 1)], ids=["recent", "old", "none"])
+def test_the_monitors_health_is_the_age_of_its_last_pass(age: int | None, code: int, tmp_path: Path) -> None:
+    test = COMPOSE["services"]["monitor"]["healthcheck"]["test"]
+    if age is not None:
+        (status := tmp_path / "monitor.json").touch()
+        os.utime(status, (time.time() - age,) * 2)
+    script = test[-1].replace("/data/", f"{tmp_path}/")
+    assert subprocess.run([sys.executable, *test[2:-1], script], check=False, capture_output=True).returncode == code
 
 @pytest.mark.parametrize(("target", "extra", "message"), [
     ("up", {}, "make up: no SECRET_KEY in .env: `make serve` writes one there"),

@@ -6,7 +6,7 @@
 __all__ = ['run']
 
 # %% ../../nbs/cli/70_entry.ipynb #89ca509f
-from . import catalog, models, operations, service, store
+from . import catalog, drift, experiments, models, monitor, operations, retrain, service, store
 from .app import app, run_app
 
 # %% ../../nbs/cli/70_entry.ipynb #de9031e9

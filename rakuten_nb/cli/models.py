@@ -29,7 +29,7 @@ from rakuten_nb.cli.app import (
 )
 from ..config import read_settings
 from ..console import out_console, rich_table
-from ..data.catalog import Catalog, read_catalog
+from ..data.catalog import read_catalog
 from ..errors import AnswerIsNo, InputError
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from ..params import read_yaml
 
 # %% ../../nbs/operations/10_pipeline.ipynb #d6ea471d
 SECTIONS = {"prepare": "split"} # stage → section, where their names differ
-OTHER_SECTIONS = ("audit", "gate") # sections without a stage
+OTHER_SECTIONS = ("audit", "gate", "drift", "abtest", "monitor", "retrain") # sections without a stage
 
 def stage_notebooks(
     root: Path, # of the project

@@ -232,9 +232,8 @@ def log_failure(
     served: Served,
     kind: str, # of error
 ) -> None:
-    "Count a request that a model of an experiment did not answer."
+    "Count a request that a model did not answer."
     service.telemetry.variants.errors.labels(served.variant, served.version).inc()
-    if not served.experiment: return
     service.prediction_log.errors.append(error_columns(kind, at=utc_now(), experiment=served.experiment,
                                                        variant=served.variant, model_version=served.version))
 
@@ -246,7 +245,7 @@ async def ask_challenger(
 ) -> tuple[Timed, Question]: # the prediction; the question that was answered
     "Classify a product by the challenger, or by the champion if that fails; raises `PictureError` or `Overloaded`."
     try: timed, answered = await ask_batch(service, question)
-    except RakutenError: raise
+    except (RakutenError, PictureError): raise # no fault of the model
     except Exception as e: kind = type(e).__name__
     else:
         if timed.prediction.prdtypecode is not None: return timed, answered
@@ -265,7 +264,7 @@ async def ask_lineup(
     if question.served.variant == "challenger": timed, question = await ask_challenger(service, question, lineup)
     else:
         try: timed, question = await ask_batch(service, question)
-        except RakutenError: raise
+        except (RakutenError, PictureError): raise # no fault of the model
         except Exception as e:
             log_failure(service, question.served, type(e).__name__)
             raise

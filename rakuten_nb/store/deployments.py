@@ -185,11 +185,13 @@ def rollback(
     reason: str,
 ) -> Deployment:
     "Return to the champion before; raises `InputError` if there is none."
-    before = earlier_champions(list_deployments(store, 10_000))
-    if not before: raise InputError("rollback: expected an earlier champion; found none in the history of deployments")
-    target = before[0]
-    deployment = change_deployment(store, lambda last: Deployment(
-        target.champion, target.champion_source, action="rollback", who=who, reason=reason))
+    def change(last: Deployment | None) -> Deployment:
+        before = earlier_champions(list_deployments(store, 10_000)) # nobody else appends meanwhile
+        if not before:
+            raise InputError("rollback: expected an earlier champion; found none in the history of deployments")
+        target = before[0]
+        return Deployment(target.champion, target.champion_source, action="rollback", who=who, reason=reason)
+    deployment = change_deployment(store, change)
     assert deployment is not None
     return deployment
 

@@ -159,7 +159,8 @@ def begin(
     source, mode = check_copy(service, fields["challenger"]), fields.get("mode", "shadow")
     rule = AbtestParams()
     share, before = float(fields.get("share", rule.share_of(mode))), current_deployment(service.store)
-    rule = rule.model_copy(update={"mode": mode, f"{mode}_share": share})
+    try: rule = AbtestParams.model_validate(rule.model_dump() | {"mode": mode, f"{mode}_share": share})
+    except ValueError: raise Problem(422, "field", "share: expected less than 1 in a canary; found 1") from None
     try: after = start_experiment(service.store, fields["challenger"], source, mode, share,
                                   rule.model_dump(mode="json"), user.name, fields["reason"])
     except InputError as e: raise conflict(e) from None
