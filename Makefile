@@ -18,8 +18,8 @@ UPGRADE ?=
 PYTEST := $(BIN)/python -m pytest
 # pytest exits with 5 if no test has the mark; that is not a failure.
 OR_NONE := || [ $$? -eq 5 ]
-# Notebooks of optional experts, baselines and timings run with the services tests. A plain `nbdev_test` runs all.
-LATER := (40_text_transformer|45_applications|70_image_tuned|60_pooling_baselines|20_bench|25_bench_shadow)\.ipynb
+# Notebooks of optional experts, baselines, simulations and timings run with the services tests. A plain `nbdev_test` runs all.
+LATER := (40_text_transformer|45_applications|70_image_tuned|60_pooling_baselines|70_estimates|75_abtest|80_drift_tests|20_bench|25_bench_shadow)\.ipynb
 PORT ?= 8000
 MLFLOW_PORT ?= 5000
 # Containers: engine (docker, podman or buildah; by default the first that works), base image, further flags of `build`.

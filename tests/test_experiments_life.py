@@ -316,6 +316,7 @@ def test_a_change_needs_a_reason(home: Home, args: tuple[str, ...]) -> None:
     assert "--reason: expected a text" in home.run(*paths, "--reason", " ", code=2)
     assert len(list_deployments(home.store)) == 1 and list_decisions(home.store) == []
 
+@pytest.mark.services
 def test_a_rollback_needs_neither_registry_nor_network(home: Home) -> None:
     home.run("promote", home.models / "b", "--reason", "better")
     output = home.run("rollback", "--reason", "errors", MLFLOW_TRACKING_URI=f"http://127.0.0.1:{free_port()}")
@@ -372,7 +373,8 @@ def test_a_wrong_share_or_mode_is_refused(home: Home, options: tuple[str, ...], 
 
 @pytest.mark.parametrize(("model", "message"), [
     ("0" * 12, "expected a copy in"), ("nowhere", "bundle.json: cannot be read"),
-    ("models:/x/y/z", "expected models:/NAME@ALIAS"), ("models:/none@challenger", "is not registered")])
+    ("models:/x/y/z", "expected models:/NAME@ALIAS"), pytest.param(
+        "models:/none@challenger", "is not registered", marks=pytest.mark.services)])
 def test_an_unknown_model_is_refused(home: Home, model: str, message: str) -> None:
     for command in (["promote", model], ["abtest", "start", "--challenger", model]):
         assert message in home.run(*command, "--reason", "a try", code=2)
@@ -651,6 +653,7 @@ def test_the_loop_goes_on_when_postgresql_is_back(home: Home, env: dict[str, str
         finally: process.terminate()
         assert process.wait(30) == 0
 
+@pytest.mark.services
 def test_the_registry_follows_with_the_next_pass(home: Home) -> None:
     from rakuten_nb.tracking.registry import MODEL_NAME, aliases, open_tracking
     with open_tracking(home.settings) as mlflow:
@@ -686,6 +689,7 @@ def test_a_change_by_a_person_during_a_pass_is_no_failure(home: Home) -> None:
 ARGV = "import os; sys.argv = ['rakuten-nb', *os.environ['LINE'].split()]"
 LIGHT_CLI = ALONE.replace("importlib.import_module(module)", f"{ARGV}\nimportlib.import_module(module).run()")
 
+@pytest.mark.services
 def test_the_image_that_serves_can_decide_without_mlflow(home: Home, env: dict[str, str]) -> None:
     def run(line: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", LIGHT_CLI, "rakuten_nb.cli", *light_set()]

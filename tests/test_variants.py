@@ -27,6 +27,8 @@ KINDS = ("Piscine ronde", "Roman policier", "Figurine Pop", "Console de jeux", "
 TITLES = [f"{kind} {n}" for n in range(6) for kind in KINDS]
 ADMIN = {"marie": "user", "rene": "reviewer", "root": "admin"}
 
+services = pytest.mark.services # real processes; the fast tests have one of each kind
+
 @pytest.fixture(scope="session")
 def twin(shared: Path, bundle: Path) -> Path:
     "A bundle with the same answers as `bundle`, another review threshold and so another version."
@@ -128,6 +130,7 @@ def test_a_canary_answers_its_share_and_the_same_products_each_time(
     assert rows(store, shadow_predictions) == []
     store.close()
 
+@services
 def test_rows_of_a_job_take_part_in_an_experiment(running: ApiProcess, worse: Path) -> None:
     change(running, "POST", "/experiment", challenger=version_of(worse))
     worker = JobWorker(running)
@@ -170,6 +173,7 @@ def test_every_process_follows_a_promotion_and_a_rollback(
         for api in (running, second):
             eventually(lambda api=api: api.client.get("/status").json()["model_version"] == version_of(bundle))
 
+@services
 def test_no_request_is_dropped_while_models_change(running: ApiProcess, twin: Path) -> None:
     headers, statuses = running.token(), []
     for route in ("/model/promote", "/model/rollback") * 3:
@@ -178,12 +182,14 @@ def test_no_request_is_dropped_while_models_change(running: ApiProcess, twin: Pa
         statuses += [running.predict(headers, t).status_code for t in TITLES]
     assert set(statuses) == {200}
 
+@services
 def test_a_restart_serves_the_promoted_model_not_the_folder(running: ApiProcess, bundle: Path, twin: Path) -> None:
     change(running, "POST", "/model/promote", version=version_of(twin))
     running.stop()
     running.start()
     assert set(versions(running, TITLES[:3])) == {version_of(twin)} != {version_of(bundle)}
 
+@services
 def test_a_reload_adopts_the_bundle_of_the_folder_again(running: ApiProcess, bundle: Path, twin: Path) -> None:
     change(running, "POST", "/model/promote", version=version_of(twin))
     assert running.client.post("/model/reload", headers=running.token("root")).status_code == 202
@@ -228,6 +234,7 @@ def test_what_contradicts_the_deployment_is_refused(running: ApiProcess, bundle:
     assert deployment and (deployment.action, deployment.champion) == ("adopt", version_of(bundle))
     store.close()
 
+@services
 def test_decisions_are_rows_and_lines_with_their_reason(running: ApiProcess, twin: Path) -> None:
     change(running, "POST", "/experiment", challenger=version_of(twin), reason="more data")
     change(running, "DELETE", "/experiment", reason="enough")
@@ -240,6 +247,7 @@ def test_decisions_are_rows_and_lines_with_their_reason(running: ApiProcess, twi
 
 # --- erasure
 
+@services
 def test_erasing_a_product_erases_the_answers_of_the_challenger(
         running: ApiProcess, worse: Path, rakuten: Callable[..., Any]) -> None:
     change(running, "POST", "/experiment", challenger=version_of(worse))
