@@ -106,6 +106,7 @@ def test_a_shadow_challenger_answers_beside_the_champion_and_changes_nothing(
     assert line in running.client.get("/metrics").text
     store.close()
 
+@services
 def test_sampled_disagreements_wait_for_review_without_a_mark(running: ApiProcess, worse: Path) -> None:
     change(running, "POST", "/experiment", challenger=version_of(worse))
     versions(running)
@@ -145,6 +146,7 @@ def test_rows_of_a_job_take_part_in_an_experiment(running: ApiProcess, worse: Pa
     assert {r["request_id"] for r in rows(store, predictions)} == {f"{job}-{i + 1}" for i in range(len(TITLES))}
     store.close()
 
+@services
 def test_the_audit_sample_enters_review_whatever_the_confidence(own_api: ApiProcess, bundle: Path) -> None:
     save_bundle(replace(load_bundle(bundle), threshold=0.2), own_api.home / "bundle")
     own_api.env |= {"RAKUTEN_AUDIT_SHARE": "1", "RAKUTEN_UNREVIEWED_RETENTION_MINUTES": "0"}
@@ -200,12 +202,13 @@ def test_a_reload_adopts_the_bundle_of_the_folder_again(running: ApiProcess, bun
 
 # --- failures
 
+@services
 def test_a_challenger_with_a_flipped_byte_leaves_the_champion(running: ApiProcess, bundle: Path, twin: Path) -> None:
     weights = running.home / "data/models" / version_of(twin) / "experts/text_linear/arrays.npz"
     raw = bytearray(weights.read_bytes())
     raw[len(raw) // 2] ^= 1
     weights.write_bytes(raw)
-    started = change(running, "POST", "/experiment", challenger=version_of(twin), mode="canary", share=1.0)
+    started = change(running, "POST", "/experiment", challenger=version_of(twin), mode="canary", share=0.9)
     store = running.store()
     (report,) = find_deployment_reports(store, started["deployment"])
     assert (report["champion"], report["challenger"]) == (version_of(bundle), "")
