@@ -18,7 +18,7 @@ LAYERS = [BASE, {"data"}, {"models"}, {"evaluation", "tracking", "store"}, {"ser
 APART = [{"serving", "operations"}]
 # Within a folder, from the bottom up; modules that are not named belong to the layer of None.
 INNER: dict[str, list[set[str | None]]] = {
-    "models": [{"sketch"}, {"experts", "onnx_runtime"}, {None}, {"fusion"}, {"bundle"}, {"training"}, {"workspace"}],
+    "models": [{"experts", "onnx_runtime"}, {None}, {"fusion"}, {"bundle"}, {"training"}, {"workspace"}],
     "serving": [{"problems", "tokens"}, {None}, {"service"}, {"dependencies"}, {"routes"}, {"api"}, {"bento"}],
 }
 # Libraries that a serving process never loads.

@@ -29,9 +29,8 @@ from ..data.clean import clean_text
 from ..data.picture import PictureError, picture_remark
 from ..errors import InputError
 from ..files import atomic_file, atomic_folder, check_writable, file_hash
-from .experts import Expert, expert_class, predict_numbers
+from .experts import Expert, expert_class
 from .fusion import Fusion, expert_shares, fusion_state, rebuild_fusion, temperature_scale
-from .sketch import number_table
 from ..taxonomy import CODES, PRODUCT_TYPES
 
 # %% ../../nbs/models/80_bundle.ipynb #989da539
@@ -46,7 +45,6 @@ class Prediction:
     top5: list[tuple[int, float]] # (prdtypecode, probability), likeliest first
     experts: dict[str, float] # name of each expert that saw the product → its share of the evidence, 0 to 1
     error: str = ""
-    numbers: np.ndarray | None = field(default=None, compare=False, repr=False) # (21,) of `MODEL_NUMBERS`
 
     def _repr_markdown_(self) -> str:
         if self.error: return f"no answer: {self.error}"
@@ -65,7 +63,6 @@ class Predictions:
     experts: list[str]
     seen: np.ndarray # (n,) bool: at least one expert sees the product
     threshold: float # a lower confidence needs review
-    numbers: np.ndarray | None = None # (n, 21) float32 of `MODEL_NUMBERS`, for the profiles of the products
 
     def __len__(self) -> int: return len(self.proba)
 
@@ -84,9 +81,8 @@ class Predictions:
         best = np.argsort(-self.proba[row], kind="stable")[:5]
         top5 = [(CODES[i], float(self.proba[row, i])) for i in best]
         shares = {e: float(s) for e, s in zip(self.experts, self.shares[row], strict=True) if s > 0}
-        t, numbers = PRODUCT_TYPES[best[0]], None if self.numbers is None else self.numbers[row]
-        review = bool(self.needs_review[row])
-        return Prediction(t.code, t.name_fr, t.name_en, top5[0][1], review, top5, shares, numbers=numbers)
+        t = PRODUCT_TYPES[best[0]]
+        return Prediction(t.code, t.name_fr, t.name_en, top5[0][1], bool(self.needs_review[row]), top5, shares)
 
     def __iter__(self) -> Iterator[Prediction]: return (self[i] for i in range(len(self)))
 
@@ -164,22 +160,11 @@ class Bundle:
     inverse_temperatures: dict[str, float] = field(default_factory=dict) # expert → power of its probabilities, or 1
     version: str = "unsaved" # 12 hexadecimal digits
 
-    def expert_answers(self, products: Products) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray]:
-        "As `expert_proba`, and the numbers (n, 21) of `MODEL_NUMBERS`, from the same features."
-        power = lambda name: self.inverse_temperatures.get(name, 1.0)
-        answers = {name: predict_numbers(e, products) for name, e in self.experts.items()}
-        probs = {name: temperature_scale(p, power(name)) for name, (p, _) in answers.items()}
-        sees = {name: e.sees(products) & products.usable for name, e in self.experts.items()}
-        return probs, sees, number_table(len(products), [numbers for _, numbers in answers.values()])
-
     def expert_proba(self, products: Products) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         "Calibrated probabilities (n, 27) of each expert, and the products that it sees (n,) bool."
-        return self.expert_answers(products)[:2]
-
-    def held_out_numbers(self, products: Products) -> np.ndarray: # (n, 21)
-        "The numbers of training products, had the experts not been trained on them."
-        parts = [predict_numbers(e, products)[1] | e.held_out_numbers(products) for e in self.experts.values()]
-        return number_table(len(products), parts)
+        power = lambda name: self.inverse_temperatures.get(name, 1.0)
+        probs = {name: temperature_scale(e.predict_proba(products), power(name)) for name, e in self.experts.items()}
+        return probs, {name: e.sees(products) & products.usable for name, e in self.experts.items()}
 
     def picture_inputs(self, raw: bytes) -> dict[str, np.ndarray]: # raises `PictureError`
         "Input arrays of the image experts for one picture, for a `PreparedPicture`; empty without an image expert."
@@ -187,10 +172,10 @@ class Bundle:
 
     def predict_chunk(self, products: Products) -> Predictions:
         "The answers for as many products as fit in memory."
-        probs, sees, numbers = self.expert_answers(products)
+        probs, sees = self.expert_proba(products)
         proba = self.fusion.predict_proba(probs, sees)
-        shares, seen = expert_shares(self.fusion, probs, proba.argmax(1), sees), np.any(list(sees.values()), axis=0)
-        return Predictions(proba, shares, list(self.experts), seen, self.threshold, numbers)
+        shares = expert_shares(self.fusion, probs, proba.argmax(1), sees)
+        return Predictions(proba, shares, list(self.experts), np.any(list(sees.values()), axis=0), self.threshold)
 
     def predict(self, products: Products, chunk: int = 2000) -> Predictions:
         "The answers in the products' order; an answer does not depend on the other products."
@@ -198,8 +183,7 @@ class Bundle:
         shown = progress(starts, description="Predicting") if len(starts) > 1 else starts
         parts = [self.predict_chunk(products[i : i + chunk]) for i in shown]
         join = lambda name: np.concatenate([getattr(p, name) for p in parts])
-        names, seen = list(self.experts), join("seen")
-        return Predictions(join("proba"), join("shares"), names, seen, self.threshold, join("numbers"))
+        return Predictions(join("proba"), join("shares"), list(self.experts), join("seen"), self.threshold)
 
     def was_trained_on(self, products: Products) -> np.ndarray: # (n,) bool
         "Which products are training products of this bundle."

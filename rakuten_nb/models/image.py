@@ -20,14 +20,12 @@ import numpy as np
 
 from ..config import read_settings
 from ..data.catalog import Products
-from ..data.profile import PICTURE_NUMBERS, PICTURE_SKETCH
 from ..errors import InputError
 from ..files import atomic_file
 from .embedding_cache import Embedder, embed_pictures
 from .experts import Expert, Regions, all_classes, in_bounds, load_state, save_state
-from .image_views import LAYOUT_WIDTH, VIEWS, Box, Preprocessing, layout_numbers, square_boxes
+from .image_views import LAYOUT_WIDTH, VIEWS, Box, Preprocessing, square_boxes
 from .onnx_runtime import softmax
-from .sketch import named, sketch_dense
 from ..taxonomy import CODES
 
 # %% ../../nbs/models/65_image.ipynb #dd0187b7
@@ -245,13 +243,6 @@ class PictureExpert(Expert):
     def prepare(self) -> None: _ = self.embedder # exports its graph and downloads the weights if necessary
 
     def picture_inputs(self, raw: bytes) -> dict[str, np.ndarray]: return self.embedder.preprocessor.compute(raw)
-
-    def head_numbers(self, features: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]: # (n, 27); name → (n,)
-        "`head`, with a sketch of the network's features and what the layout features say about the picture."
-        rows = features if features.ndim == 2 else features[:, 0]
-        channels = rows.shape[1] - LAYOUT_WIDTH * (self.params["layout"] > 0)
-        numbers, layout = named(PICTURE_SKETCH, sketch_dense(rows[:, :channels])), rows[:, channels:].astype(np.float32)
-        return self.head(features), numbers | (named(PICTURE_NUMBERS, layout_numbers(layout)) if layout.size else {})
 
 # %% ../../nbs/models/65_image.ipynb #93e2b705
 OLD_BUNDLE_PARAMS: dict[str, Any] = {"crops": None, "flips": False, "layout": 0, "balanced": False}

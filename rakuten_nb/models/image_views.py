@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WHITE', 'Box', 'BICUBIC', 'ENLARGEMENT', 'VIEWS', 'LAYOUT_WIDTH', 'PREPROCESSING_VERSION', 'product_box',
            'trim_white', 'crop_centre', 'square_around', 'View', 'trimmed_box', 'centre_box', 'square_pixels',
-           'square_boxes', 'network_input', 'histogram_fractions', 'shape_features', 'picture_layout', 'layout_numbers',
-           'Preprocessing', 'PreparedPicture', 'Preprocessor']
+           'square_boxes', 'network_input', 'histogram_fractions', 'shape_features', 'picture_layout', 'Preprocessing',
+           'PreparedPicture', 'Preprocessor']
 
 # %% ../../nbs/models/55_image_views.ipynb #ac0a58b7
 import math
@@ -156,14 +156,6 @@ def picture_layout(
     asymmetry = [np.abs(grey - np.flip(grey, axis)).mean() for axis in (1, 0)]
     colour = [*rgb.mean((0, 1)), *rgb.std((0, 1))]
     return np.array([*shape_features(image), *brightness, *bins, *edges, *asymmetry, *colour], np.float32)
-
-# %% ../../nbs/models/55_image_views.ipynb #c7ae2bfb
-def layout_numbers(
-    layout: np.ndarray, # (n, 40) of `picture_layout`
-) -> np.ndarray: # (n, 4) brightness and contrast of the product, 0..1; share of the border; width / height
-    "The numbers of `PICTURE_NUMBERS`."
-    mean, spread = layout[:, -6:-3].mean(1), layout[:, -3:].mean(1)
-    return np.stack([mean, spread, 1 - layout[:, 7], np.exp(layout[:, 0])], axis=1)
 
 # %% ../../nbs/models/55_image_views.ipynb #45a13bb9
 PREPROCESSING_VERSION = 2 # increase it when a view, the layout features or the decoder change their results

@@ -6,15 +6,12 @@
 __all__ = ['BLOCKS', 'clean_texts', 'text_fields', 'Block', 'fit_blocks', 'block_features', 'vectorizer_state',
            'rebuild_vectorizer', 'vocabularies_state', 'rebuild_vocabularies', 'fit_one_vs_rest', 'fit_logistic',
            'log_logistic', 'located_ngrams', 'ngram_shares', 'token_features', 'chord_slope', 'logit_evidence',
-           'least_idf', 'unknown_shares', 'check_linear', 'read_linear', 'TfidfExpert', 'TextLinear']
+           'check_linear', 'read_linear', 'TextLinear']
 
 # %% ../../nbs/models/25_text_linear.ipynb #28403abc
-import math
-from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,10 +22,8 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 from ..data.catalog import Products, make_products
 from ..data.clean import clean_text
-from ..data.profile import TEXT_SKETCH
 from ..errors import InputError
 from .experts import Expert, Token, all_classes, check_range, load_state, save_state, split_tokens
-from .sketch import named, sketch_sparse, term_signs
 from ..taxonomy import CODES
 
 # %% ../../nbs/models/25_text_linear.ipynb #66acb727
@@ -230,27 +225,6 @@ def logit_evidence(
     out[:, classes] = own - own.mean(1, keepdims=True)
     return out
 
-# %% ../../nbs/models/25_text_linear.ipynb #420088e6
-def least_idf(
-    texts: int, # training texts
-    documents: int, # texts that contain a term
-) -> float:
-    "The IDF weight of a term, as scikit-learn smooths it, less a tolerance for rounding."
-    return math.log((1 + texts) / (1 + documents)) + 1 - 1e-3 / (1 + documents)
-
-def unknown_shares(
-    v: TfidfVectorizer, # fitted, of words
-    texts: list[str],
-    most_idf: float = math.inf, # a rarer term counts as unknown
-) -> np.ndarray: # (n,) share of words, 0 without words
-    "The share of the words of each text that the vocabulary lacks."
-    prepare, cut, column, idf = v.build_preprocessor(), v.build_tokenizer(), v.vocabulary_.get, v.idf_
-    def share(text: str) -> float:
-        words = cut(prepare(text))
-        columns = [i for word in words if (i := column(word)) is not None]
-        return 1 - int((idf[columns] < most_idf).sum()) / len(words) if columns else float(bool(words))
-    return np.array([share(text) for text in texts])
-
 # %% ../../nbs/models/25_text_linear.ipynb #f1f13471
 def check_linear(
     params: dict[str, Any], # of a `TextLinear`
@@ -273,46 +247,8 @@ def read_linear(
         arrays |= {"weights": (arrays["weights"] * scale).astype(np.float16), "biases": arrays["biases"] * scale}
     return params, arrays
 
-# %% ../../nbs/models/25_text_linear.ipynb #fd0f948c
-class TfidfExpert(Expert):
-    "An expert over TF-IDF features; it offers a sketch of them, and the share of unknown words."
-    blocks: dict[str, Block]
-    vectorizers: dict[str, TfidfVectorizer] # fitted
-    state: dict[str, np.ndarray] # with n_train, the number of training texts
-
-    @abstractmethod
-    def vectors(self, features: np.ndarray) -> csr_matrix: # (n, 2) str → (n, m) float32
-        "TF-IDF features of clean titles and descriptions."
-
-    @abstractmethod
-    def vector_head(self, x: csr_matrix) -> np.ndarray: # (n, m) → (n, 27) float32, rows sum to 1
-        "Compute probabilities from TF-IDF features."
-
-    def head(self, features: np.ndarray) -> np.ndarray: return self.vector_head(self.vectors(features)) # (n, 27)
-
-    @cached_property
-    def signs(self) -> np.ndarray: # (m, 8) int8
-        "The signs of the terms, for the sketch."
-        return term_signs(term for name in self.blocks for term in self.vectorizers[name].get_feature_names_out())
-
-    def unknown_words(self, features: np.ndarray, most_idf: float = math.inf) -> dict[str, np.ndarray]:
-        "The share of unknown words, if there is a vocabulary of words."
-        if "words" not in self.blocks: return {}
-        texts = text_fields(features, self.params["max_chars"])["both"]
-        return {"unknown_words": unknown_shares(self.vectorizers["words"], texts, most_idf)}
-
-    def head_numbers(self, features: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]: # (n, 27); name → (n,)
-        x = self.vectors(features)
-        return self.vector_head(x), named(TEXT_SKETCH, sketch_sparse(x, self.signs)) | self.unknown_words(features)
-
-    def held_out_numbers(self, products: Products) -> dict[str, np.ndarray]: # name → (n,)
-        n = int(self.state["n_train"])
-        rare = self.blocks["words"].min_df if "words" in self.blocks and n >= 200 else 1
-        out = self.unknown_words(self.embed(products), least_idf(n, rare))
-        return {name: np.where(self.sees(products), values, np.nan) for name, values in out.items()}
-
 # %% ../../nbs/models/25_text_linear.ipynb #d4697717
-class TextLinear(TfidfExpert):
+class TextLinear(Expert):
     "TF-IDF of words and characters, and one logistic regression for each type against the rest."
     name, modality = "text_linear", "text"
 
@@ -331,16 +267,15 @@ class TextLinear(TfidfExpert):
 
     def fit(self, features: np.ndarray, y: np.ndarray, seed: int = 0) -> Self: # (n, 2) str, (n,) class indices
         "Learn vocabularies and weights."
-        self.__dict__.pop("signs", None) # of an earlier vocabulary
         self.vectorizers, x = fit_blocks(self.blocks, text_fields(features, self.params["max_chars"]))
         classes, w, b = fit_logistic(x, y, self.params["C"], seed)
         self.state = {"classes": classes, "weights": w, "biases": b, "n_train": np.array(len(y))}
         self.weights = w.astype(np.float32)
         return self
 
-    def vector_head(self, x: csr_matrix) -> np.ndarray: # (n, 27) float32, rows sum to 1
+    def head(self, features: np.ndarray) -> np.ndarray: # (n, 27) float32, rows sum to 1
         "Each type's probability against the rest, normalised; a type without training rows gets a small share."
-        z = log_logistic((x @ self.weights + self.state["biases"]).astype(np.float64))
+        z = log_logistic((self.vectors(features) @ self.weights + self.state["biases"]).astype(np.float64))
         return all_classes(np.exp(z - z.max(1, keepdims=True)), self.state["classes"], int(self.state["n_train"]))
 
     def token_evidence(self, title: str, description: str) -> tuple[list[Token], np.ndarray]: # (m, 27) nats

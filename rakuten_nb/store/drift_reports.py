@@ -45,15 +45,12 @@ def last_drift_reports(
     store: Store,
     model_version: str | None = None, # None for all
     limit: int = 10,
-    by: str | None = None, # monitor or command; None for both
 ) -> list[StoredReport]: # the latest first
     "The latest reports on the prediction log."
     columns = [drift_reports.c[name] for name in StoredReport.__dataclass_fields__]
-    query = sa.select(*columns).where(drift_reports.c.source == "log").order_by(drift_reports.c.id.desc())
-    found_by = sa.func.coalesce(drift_reports.c.report["by"].as_string(), "monitor")
-    if by is not None: query = query.where(found_by == by)
+    query = sa.select(*columns).where(drift_reports.c.source == "log").order_by(drift_reports.c.id.desc()).limit(limit)
     if model_version is not None: query = query.where(drift_reports.c.model_version == model_version)
-    with store.reading() as c: return [StoredReport(**row._mapping) for row in c.execute(query.limit(limit))]
+    with store.reading() as c: return [StoredReport(**row._mapping) for row in c.execute(query)]
 
 # %% ../../nbs/store/70_drift_reports.ipynb #4603517c
 def logged_window(

@@ -24,7 +24,7 @@ import sqlalchemy as sa
 
 from ..config import get_logger
 from ..data.catalog import Product
-from ..data.profile import served_profile
+from ..data.profile import product_numbers
 from ..models.bundle import Prediction
 from rakuten_nb.store.database import (
     Store,
@@ -62,11 +62,11 @@ def prediction_columns(
     seconds: float | None = None, # time to predict
 ) -> dict[str, Any]: # columns of `predictions`, without `id`
     "A prediction as a row."
-    p = prediction
+    p, profile = prediction, product_numbers(product.title, product.description, product.picture is not None)
     return {"request_id": request_id, "at": at, "user": user, "product_id": product.productid,
             "prdtypecode": p.prdtypecode, "confidence": p.confidence, "needs_review": p.needs_review,
             "top5": p.top5, "experts": p.experts, "model_version": model_version, "variant": variant,
-            "profile": served_profile(product, p.numbers), "experiment": experiment, "audit": audit, "seconds": seconds,
+            "profile": list(profile.values()), "experiment": experiment, "audit": audit, "seconds": seconds,
             "review_order": review_order(p, request_id, product.productid)}
 
 # %% ../../nbs/store/30_prediction_log.ipynb #5a959fce
